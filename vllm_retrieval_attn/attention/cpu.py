@@ -1,0 +1,164 @@
+"""The attention layer on CPU: paged part and prefill with PyTorch's kernel, decode search in the actors."""
+
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_retrieval_attn.attention.merge import merge_partials
+from vllm_retrieval_attn.workers.client import WorkersUnavailable
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.attention.metadata import RetrievalMetadata
+    from vllm_retrieval_attn.attention.plan import PrefillRow, StepPlan
+    from vllm_retrieval_attn.worker import RetrievalWorker
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention of one row.
+
+    Args:
+        query: (n, heads, d). keys, values: (kv_heads, m, d). causal: query i sees keys up to i (n == m).
+
+    Returns:
+        (n, heads, d) float32 output and (n, heads) float32 natural log-sum-exp.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.transpose(0, 1)[None], keys[None], values[None], 0.0, causal, scale=scale
+    )
+    return out[0].transpose(0, 1).float(), lse[0].transpose(0, 1).float()
+
+
+def write_pages(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write K and V of a batch to the paged cache, (blocks, kv_heads, block, 2 * d)."""
+    block, dim = kv_cache.shape[2], key.shape[-1]
+    where, offset = slots // block, slots % block
+    kv_cache[where, :, offset, :dim] = key
+    kv_cache[where, :, offset, dim:] = value
+
+
+def gather_resident(
+    kv_cache: torch.Tensor, table: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the first ``length`` tokens of a compact block table, each (kv_heads, length, d)."""
+    _, kv_heads, block, width = kv_cache.shape
+    blocks = table[: -(-length // block)].long()
+    rows = kv_cache.index_select(0, blocks).transpose(0, 1).reshape(kv_heads, -1, width)[:, :length]
+    return rows[..., : width // 2], rows[..., width // 2 :]
+
+
+class CpuLayer:
+    """Attention of one retrieval layer on a CPU device."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def forward(
+        self,
+        worker: "RetrievalWorker | None",
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: "RetrievalMetadata",
+        plan: "StepPlan | None",
+        output: torch.Tensor,
+    ) -> None:
+        """One batch: write pages, mirror, post the search, attend to pages meanwhile, merge.
+
+        Args:
+            worker: host side, None with index ``none``. layer: its index in the arena.
+            query, output: (T, heads, d). key, value: (T, kv_heads, d).
+            plan: None where the batch has no host work (dummy run, index ``none``).
+        """
+        begin = perf_counter_ns()
+        write_pages(kv_cache, key, value, metadata.slot_mapping)
+        searched: dict[int, int] = {}  # batch token -> row of the message
+        if plan is not None and worker is not None:
+            self._mirror(worker, layer, key, value, plan)
+            if len(plan.decode_tokens) and not plan.failed:
+                queries = worker.arena.queries
+                queries[: len(plan.decode_tokens)] = query[torch.from_numpy(plan.decode_tokens)]
+                worker.client.post(layer, plan.decode_rows)
+                searched = {int(token): i for i, token in enumerate(plan.decode_tokens)}
+        streamed = {item.row: item for item in plan.prefill} if plan is not None else {}
+        resident = torch.empty(len(searched), *query.shape[1:])
+        resident_lse = torch.empty(len(searched), query.shape[1])
+        for row in range(len(metadata.query_lens)):
+            first, last = int(metadata.query_start[row]), int(metadata.query_start[row + 1])
+            if first == last:
+                continue
+            q, length = query[first:last], int(metadata.resident_lens[row])
+            if last - first == 1:
+                out, lse = attend(q, *gather_resident(kv_cache, metadata.resident_table[row], length), self._scale)
+                if first in searched:
+                    resident[searched[first]], resident_lse[searched[first]] = out[0], lse[0]
+            else:
+                # The chunk itself is causal; everything before it is seen by all of its queries.
+                chunk = (tensor[first:last].transpose(0, 1) for tensor in (key, value))
+                out, lse = attend(q, *chunk, self._scale, causal=True)
+                earlier = length - (last - first)
+                if earlier > 0:
+                    before = gather_resident(kv_cache, metadata.resident_table[row], earlier)
+                    out, lse = merge_partials(out, lse, *attend(q, *before, self._scale))
+                if row in streamed:
+                    assert worker is not None
+                    out, lse = self._stream(worker, layer, q, streamed[row], out, lse)
+            output[first:last] = out.to(output.dtype)
+        if searched:
+            assert plan is not None and worker is not None
+            self._merge_search(worker, plan, begin, resident, resident_lse, output)
+
+    def _mirror(
+        self, worker: "RetrievalWorker", layer: int, key: torch.Tensor, value: torch.Tensor, plan: "StepPlan"
+    ) -> None:
+        tokens, pages, offsets = (
+            torch.from_numpy(array) for array in (plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets)
+        )
+        arena = worker.arena.pages
+        arena[pages, layer, :, 0, offsets] = key[tokens]
+        arena[pages, layer, :, 1, offsets] = value[tokens]
+
+    def _stream(
+        self,
+        worker: "RetrievalWorker",
+        layer: int,
+        q: torch.Tensor,
+        item: "PrefillRow",
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact attention of a prefill chunk over its host tokens, page by page where they lie."""
+        left = item.host_tokens
+        for page in item.store.pages:
+            if left <= 0:
+                break
+            keys_values = worker.arena.pages[page, layer, :, :, : min(left, worker.arena.layout.page_tokens)]
+            more = attend(q, keys_values[:, 0], keys_values[:, 1], self._scale)
+            out, lse = merge_partials(out, lse, *more)
+            left -= worker.arena.layout.page_tokens
+        return out, lse
+
+    def _merge_search(
+        self,
+        worker: "RetrievalWorker",
+        plan: "StepPlan",
+        begin: int,
+        resident: torch.Tensor,
+        resident_lse: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        found, found_lse = torch.empty_like(resident), torch.empty_like(resident_lse)
+        waiting = perf_counter_ns()
+        try:
+            worker.client.collect(found.numpy(), found_lse.numpy())
+        except WorkersUnavailable as error:
+            worker.fail(plan, error)
+            return
+        merging = perf_counter_ns()
+        merged, _ = merge_partials(resident, resident_lse, found, found_lse)
+        output[torch.from_numpy(plan.decode_tokens)] = merged.to(output.dtype)
+        worker.timings.add_layer(begin, begin, waiting, merging, perf_counter_ns(), worker.client.search_stats())

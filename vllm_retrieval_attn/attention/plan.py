@@ -1,0 +1,103 @@
+"""The host work of a step: what to mirror, which rows to search, which prefill rows to stream."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_retrieval_attn.store.layout import ROW_FIELDS
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.attention.metadata import RetrievalMetadata
+    from vllm_retrieval_attn.store.arena import Arena
+    from vllm_retrieval_attn.store.segments import RequestStore
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass
+class PrefillRow:
+    """A row of several queries that also attends to host tokens ``[0, host_tokens)`` of its store."""
+
+    row: int
+    first: int
+    last: int
+    store: "RequestStore"
+    host_tokens: int
+
+
+@dataclass
+class StepPlan:
+    """Host work of one batch, shared by all its retrieval layers.
+
+    Attributes:
+        mirror_tokens, mirror_pages, mirror_offsets: batch tokens to copy to the arena and where to.
+        decode_tokens: (D,) batch tokens of rows with one query that attend to the host.
+        decode_rows: (D, ROW_FIELDS) int64, their message (see store/layout.py).
+        decode_ids: their requests.
+        prefill: rows to stream back from the arena.
+        failed: the workers are gone; layers skip the search (the requests end with an error).
+    """
+
+    mirror_tokens: Ints
+    mirror_pages: Ints
+    mirror_offsets: Ints
+    decode_tokens: Ints
+    decode_rows: Ints
+    decode_ids: list[str]
+    prefill: list[PrefillRow] = field(default_factory=list)
+    failed: bool = False
+    device: Any = None
+    """The CUDA layer's copy of the index arrays; None on CPU."""
+
+
+def make_plan(
+    metadata: "RetrievalMetadata", arena: "Arena", epochs: dict[str, int], sink_end: int
+) -> StepPlan:
+    """Resolve a batch against the arena: give pages to new tokens and find what lies on the host.
+
+    Args:
+        epochs: admission epoch of each request that may need the host; rows of others stay in pages.
+        sink_end: first position that the host may own.
+    """
+    tokens, pages, offsets = [], [], []
+    decode_tokens, decode_rows, decode_ids = [], [], []
+    prefill = []
+    assert metadata.request_ids is not None
+    for row, request_id in enumerate(metadata.request_ids):
+        epoch = epochs.get(request_id)
+        length = int(metadata.query_lens[row])
+        if epoch is None or length == 0:
+            continue
+        start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
+        store = arena.open(request_id, epoch)
+        old, new = max(0, computed - sink_end), max(0, computed + length - sink_end)
+        if new > old:
+            arena.grow(store, new)
+            row_pages, row_offsets = arena.token_positions(store, old, new)
+            tokens.append(np.arange(start + length - (new - old), start + length))
+            pages.append(row_pages)
+            offsets.append(row_offsets)
+            store.written(new)
+        host_tokens = int(metadata.windows[row]) - sink_end
+        if host_tokens <= 0:
+            continue
+        if length == 1:
+            decode_rows.append((store.slot, host_tokens, len(decode_tokens)))
+            decode_tokens.append(start)
+            decode_ids.append(request_id)
+        else:
+            prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
+
+    def joined(parts: list[Any]) -> Ints:
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    return StepPlan(
+        joined(tokens),
+        joined(pages),
+        joined(offsets),
+        np.array(decode_tokens, np.int64),
+        np.array(decode_rows, np.int64).reshape(-1, ROW_FIELDS),
+        decode_ids,
+        prefill,
+    )

@@ -1,0 +1,125 @@
+"""The host arena of a rank: pages of K and V, given to requests and taken back by (request, epoch)."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.segments import RequestStore
+from vllm_retrieval_attn.store.shared_file import SharedFile
+from vllm_retrieval_attn.store.views import Views
+
+logger = logging.getLogger("vllm.retrieval")
+
+_POISON = 0xFF  # every byte set: NaN in float32, bfloat16 and float16
+
+
+class ArenaFull(RuntimeError):
+    """No page is left; the scheduler's ledger should have prevented it."""
+
+
+class Arena:
+    """Pages, page tables and the requests that own them. Used by the vLLM worker's main thread.
+
+    Args:
+        layout: shapes. rank: tensor-parallel rank, part of the file's name.
+        segment_tokens: unit of indexing. poison: overwrite freed pages with NaN (tests).
+        reserve: called with the highest page number about to be used, before its first use (the
+            CUDA worker pins memory there).
+
+    Attributes:
+        pages: (pages, layers, kv_heads, 2, page_tokens, dim) tensor over the shared file.
+        queries: (max_rows, heads, dim) tensor over the shared file.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        rank: int,
+        segment_tokens: int,
+        poison: bool = False,
+        reserve: Callable[[int], None] = lambda page: None,
+    ) -> None:
+        self.layout = layout
+        self.file = SharedFile.create(layout.file_bytes, rank)
+        self.views = Views(layout, self.file.map)
+        lay = layout
+        self.pages = (
+            torch.from_numpy(self.views.pages)
+            .view(dtype)
+            .view(lay.pages, lay.layers, lay.kv_heads, 2, lay.page_tokens, lay.dim)
+        )
+        self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)
+        self.reserve = reserve
+        self._segment_tokens = segment_tokens
+        self._poison = poison
+        self._free = list(range(layout.pages - 1, -1, -1))  # low numbers first: memory is touched late
+        self._slots = list(range(layout.max_rows - 1, -1, -1))
+        self.requests: dict[str, RequestStore] = {}
+
+    @property
+    def used_pages(self) -> int:
+        return self.layout.pages - len(self._free)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that live requests own."""
+        return self.used_pages * self.layout.page_bytes
+
+    @property
+    def host_tokens(self) -> int:
+        """Tokens written to the arena and still owned by live requests."""
+        return sum(store.tokens for store in self.requests.values())
+
+    def open(self, request_id: str, epoch: int) -> RequestStore:
+        """The store of an admission; a store of an older epoch is released first."""
+        store = self.requests.get(request_id)
+        if store is not None and store.epoch == epoch:
+            return store
+        if store is not None:
+            self.release(request_id, store.epoch)
+        if not self._slots:
+            raise ArenaFull(f"more than {self.layout.max_rows} requests hold host memory")
+        store = RequestStore(request_id, epoch, self._slots.pop(), self._segment_tokens)
+        self.requests[request_id] = store
+        return store
+
+    def grow(self, store: RequestStore, tokens: int) -> None:
+        """Give ``store`` the pages for host tokens ``[0, tokens)``."""
+        need = self.layout.page_tokens_owned(tokens)
+        while len(store.pages) < need:
+            if not self._free:
+                raise ArenaFull(
+                    f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)"
+                )
+            page = self._free.pop()
+            self.reserve(page)
+            self.views.tables[store.slot, len(store.pages)] = page
+            store.pages.append(page)
+
+    def release(self, request_id: str, epoch: int) -> None:
+        """Take back what the admission ``epoch`` of a request holds; anything newer stays."""
+        store = self.requests.get(request_id)
+        if store is None or store.epoch > epoch:
+            return
+        del self.requests[request_id]
+        if self._poison:
+            self.views.tables[store.slot] = -(1 << 40)
+            for page in store.pages:
+                start = page * self.layout.page_bytes
+                self.views.pages[start : start + self.layout.page_bytes] = _POISON
+        self._free.extend(reversed(store.pages))
+        self._slots.append(store.slot)
+
+    def token_positions(self, store: RequestStore, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Page number and offset within it of host tokens ``[first, last)``, both int64."""
+        tokens = np.arange(first, last)
+        pages = np.asarray(store.pages, np.int64)[tokens // self.layout.page_tokens]
+        return pages, tokens % self.layout.page_tokens
+
+    def close(self) -> None:
+        self.requests.clear()
+        self.file.close()

@@ -1,0 +1,103 @@
+"""The vLLM worker's side of the ring: post the rows of a layer, wait, merge the partial results."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_retrieval_attn.store.layout import (
+    LANE_DONE,
+    MSG_LAYER,
+    MSG_ROWS,
+    STAT_KEYS,
+    STAT_NS,
+    WORD_SEQ,
+    WORD_STOP,
+    Layout,
+)
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.ring import await_lanes, gather_partials, raise_seq
+
+_SLICE_NS = 100_000_000
+"""How long to wait for an answer before looking whether the actors still live."""
+
+
+class WorkersUnavailable(RuntimeError):
+    """The CPU workers did not answer and could not be brought back."""
+
+
+class RingClient:
+    """Posts messages and collects answers; used by one thread.
+
+    Args:
+        layout, views: the shared file of the rank.
+        spin_ns: how long to yield before sleeping.
+        revive: called about every 100 ms of waiting; brings dead actors back, or raises
+            WorkersUnavailable.
+    """
+
+    def __init__(self, layout: Layout, views: Views, spin_ns: int, revive: Callable[[], None]) -> None:
+        self._layout, self._views = layout, views
+        self._spin_ns, self._revive = spin_ns, revive
+        self._timeout = np.array((0, 20_000_000), np.int64)
+        self._seq = int(views.words[WORD_SEQ])
+        self._address = views.words.ctypes.data
+
+    def post(self, layer: int, rows: npt.NDArray[np.int64]) -> None:
+        """Send a layer's rows; their queries must already lie in ``views.queries``.
+
+        Args:
+            layer: index of the layer within the arena.
+            rows: (n, ROW_FIELDS) int64, see store/layout.py.
+        """
+        views = self._views
+        views.header[MSG_LAYER] = layer
+        views.header[MSG_ROWS] = len(rows)
+        views.rows[: len(rows)] = rows
+        self._seq = self._seq % 0x3FFFFFFF + 1
+        raise_seq(views.words, self._address, self._layout.lanes, self._seq)
+
+    def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> None:
+        """Wait for the answer to the last :meth:`post` and merge it.
+
+        Args:
+            out: (rows, heads, dim) float32, written. lse: (rows, heads) float32, natural log, written.
+
+        Raises:
+            WorkersUnavailable: from ``revive``.
+        """
+        lay, views = self._layout, self._views
+        while await_lanes(
+            views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout
+        ):
+            self._revive()
+        gather_partials(
+            lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, int(views.header[MSG_ROWS]), views.rows,
+            views.partials, out, lse,
+        )  # fmt: skip
+
+    def abandon(self) -> None:
+        """Forget the last message, so that lanes that come back later do not serve it."""
+        self._views.header[MSG_ROWS] = 0
+
+    def late_lanes(self) -> list[int]:
+        """Lanes that have not answered the last message."""
+        words = self._views.words
+        return [
+            lane
+            for lane in range(self._layout.lanes)
+            if int(words[self._views.lane_word(lane, LANE_DONE)]) != self._seq
+        ]
+
+    def search_stats(self) -> tuple[float, int]:
+        """Seconds of the slowest lane and keys scored, of the last message."""
+        stats: Any = self._views.stats
+        return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_KEYS].sum())
+
+    def stop(self, patience: float = 1.0) -> None:
+        """Tell every lane to leave its loop."""
+        self._views.words[WORD_STOP] = 1
+        self.post(0, self._views.rows[:0])
+        time.sleep(min(patience, 0.01))
