@@ -45,7 +45,7 @@ def _register_name() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, BACKEND_PATH)  # type: ignore[arg-type]  # the string form is what it adds
+        register_backend(NAME, BACKEND_PATH)
     # Enum members pickle by value, and a spawned EngineCore unpickles its config before plugins load:
     # "... is not a valid AttentionBackendEnum". Restoring by name registers first.
     # Remove when vLLM pickles AttentionBackendEnum by name, or loads plugins before unpickling.
@@ -72,18 +72,18 @@ def _patch_cpu_selection() -> None:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    original = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+    original: Any = CpuPlatform.__dict__["get_attn_backend_cls"].__func__
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
     def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
         if selected_backend is AttentionBackendEnum[NAME]:
-            return selected_backend.get_path()  # type: ignore[no-any-return]
-        return original(cls, selected_backend, *args, **kwargs)  # type: ignore[no-any-return]
+            return selected_backend.get_path()
+        return original(cls, selected_backend, *args, **kwargs)
 
     setattr(get_attn_backend_cls, _MARK, True)
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)  # type: ignore[assignment]
+    setattr(CpuPlatform, "get_attn_backend_cls", classmethod(get_attn_backend_cls))  # noqa: B010  # mypy refuses the assignment
 
 
 def _patch_engine_args() -> None:

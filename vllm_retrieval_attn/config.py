@@ -96,9 +96,7 @@ class ResolvedConfig(RetrievalConfig):
         """Most tokens (prompt and output) that one request can ever hold; None: no limit of ours."""
         if self.index == "none":
             return None
-        return max(
-            self.sink_end + self.host_tokens, self.sink_end + self.window_tokens
-        )
+        return max(self.sink_end + self.host_tokens, self.sink_end + self.window_tokens)
 
     @property
     def spin_ns(self) -> int:
@@ -185,7 +183,8 @@ def resolve(
     workers = config.workers or 1
     if workers > kv_heads:
         raise ValueError(
-            f"retrieval: workers={workers} is more than the {kv_heads} KV heads of a rank; set workers to at most {kv_heads}"
+            f"retrieval: workers={workers} is more than the {kv_heads} KV heads of a rank; "
+            f"set workers to at most {kv_heads}"
         )
     host_memory_gb = config.host_memory_gb
     free = available_memory() - spoken_for

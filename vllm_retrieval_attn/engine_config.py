@@ -48,10 +48,7 @@ def prepare(args: Any) -> RetrievalConfig:
     args.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
     )
-    if current_platform.is_cpu():
-        sliding = "CPU_ATTN"
-    else:
-        sliding = "FLASH_ATTN"
+    sliding = "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
     args.attention_config = _with_sliding_backend(args.attention_config, sliding)
     return knobs
 
@@ -113,7 +110,11 @@ def count_full_attention_layers(model: "ModelConfig", parallel: "ParallelConfig"
     kinds = getattr(text, "layer_types", None)
     if kinds:
         return sum(kind == "full_attention" for kind in kinds)
-    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True) and model.get_sliding_window():
+    if (
+        getattr(text, "sliding_window", None)
+        and getattr(text, "use_sliding_window", True)
+        and model.get_sliding_window()
+    ):
         return 0
     return model.get_num_layers(parallel)
 
@@ -125,7 +126,7 @@ def kv_bytes_per_token(vllm_config: "VllmConfig") -> int:
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     name = vllm_config.cache_config.cache_dtype
-    dtype = model.dtype if name == "auto" else STR_DTYPE_TO_TORCH_DTYPE[name]
+    dtype: Any = model.dtype if name == "auto" else STR_DTYPE_TO_TORCH_DTYPE[name]
     itemsize = torch.empty((), dtype=dtype).element_size()
     layers = count_full_attention_layers(model, parallel)
     return layers * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * itemsize

@@ -30,25 +30,16 @@ def window_start(num_computed: int, sink_tokens: int, window_tokens: int, block_
     return max(sink_end(sink_tokens, block_size), aligned)
 
 
-def resident_blocks_bound(
-    sink_tokens: int, window_tokens: int, in_flight_tokens: int, block_size: int
-) -> int:
+def resident_blocks_bound(sink_tokens: int, window_tokens: int, in_flight_tokens: int, block_size: int) -> int:
     """Most blocks that a live request holds in the paged cache, whatever its length.
 
     ``in_flight_tokens`` (tokens scheduled and not yet settled) may start and end inside a
     block, and so may the window: one block more than the two lengths alone.
     """
-    return (
-        cdiv(sink_tokens, block_size)
-        + cdiv(window_tokens, block_size)
-        + cdiv(in_flight_tokens, block_size)
-        + 1
-    )
+    return cdiv(sink_tokens, block_size) + cdiv(window_tokens, block_size) + cdiv(in_flight_tokens, block_size) + 1
 
 
 def never_leaves_pages(max_tokens: int, sink_tokens: int, window_tokens: int, block_size: int) -> bool:
     """Whether a request of at most ``max_tokens`` tokens never has a token on the host side."""
     last_step = max(0, max_tokens - 1)
-    return window_start(last_step, sink_tokens, window_tokens, block_size) == sink_end(
-        sink_tokens, block_size
-    )
+    return window_start(last_step, sink_tokens, window_tokens, block_size) == sink_end(sink_tokens, block_size)

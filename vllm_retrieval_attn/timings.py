@@ -41,5 +41,6 @@ class Timings:
     def take(self) -> dict[str, Any]:
         """The sums so far, as a dict; starts again from zero."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        self.__init__()  # type: ignore[misc]  # a dataclass with defaults: back to them
+        for name in values:
+            setattr(self, name, 0)
         return values

@@ -57,7 +57,8 @@ class RetrievalWorker:
     """Host side of one tensor-parallel rank.
 
     Attributes:
-        arena, client, pool: None-like only with index ``none`` (see ``hosted``).
+        hosted: False with index ``none``, which has none of the following.
+        arena, client, pool: the host side. cuda: its GPU half, None on CPU.
         timings: where decode time goes.
         resident_blocks: most paged blocks that one row attended to, since last read.
     """
@@ -113,6 +114,11 @@ class RetrievalWorker:
         )
         rank = vllm_config.parallel_config.rank
         self.arena = Arena(layout, spec.dtype, rank, config.segment_tokens, config.poison_freed)
+        self.cuda: Any = None
+        if vllm_config.device_config.device_type == "cuda":
+            from vllm_retrieval_attn.attention.cuda import CudaHost
+
+            self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
         self.client = RingClient(layout, self.arena.views, config.spin_ns, self._revive)
         begin = time.monotonic()
         try:
@@ -165,7 +171,8 @@ class RetrievalWorker:
         return metadata.plan
 
     def _check_rows(self, metadata: "RetrievalMetadata") -> None:
-        assert self._message is not None and metadata.request_ids is not None
+        assert self._message is not None
+        assert metadata.request_ids is not None
         known = self._message.admitted.keys() | self._message.resident
         strangers = [name for name in metadata.request_ids if name not in known]
         if strangers:
@@ -184,6 +191,8 @@ class RetrievalWorker:
 
     def fence_mirror(self) -> None:
         """Order the mirror copies of this step before whatever may overwrite their source (CUDA)."""
+        if self.hosted and self.cuda is not None:
+            self.cuda.fence_mirror()
 
     def end_step(self) -> None:
         if self.config.poison_freed:
@@ -234,6 +243,8 @@ class RetrievalWorker:
             _current = None
         if self.hosted:
             begin = time.monotonic()
+            if self.cuda is not None:
+                self.cuda.close()
             self.arena.close()  # first: vLLM gives a worker few seconds to go
             self.pool.close()
             self.hosted = False

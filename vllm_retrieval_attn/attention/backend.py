@@ -20,7 +20,8 @@ from vllm_retrieval_attn.worker import current_worker
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
-    from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 HEAD_SIZES = [64, 80, 96, 128, 256]
 
@@ -106,7 +107,7 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
         **unknown: Any,
     ) -> None:
         vllm_config = get_current_vllm_config()
-        dtype = vllm_config.model_config.dtype
+        dtype: Any = vllm_config.model_config.dtype
         unsupported = {
             f"head size {head_size} (supported: {HEAD_SIZES})": head_size not in HEAD_SIZES,
             f"dtype {dtype}": not RetrievalBackend.supports_dtype(dtype),
@@ -169,7 +170,5 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
         plan = worker.plan(attn_metadata) if worker is not None else None
         n = attn_metadata.num_tokens
         number = worker.layer_number(layer.layer_name) if worker is not None else 0
-        self._device.forward(
-            worker, number, query[:n], key[:n], value[:n], kv_cache, attn_metadata, plan, output[:n]
-        )
+        self._device.forward(worker, number, query[:n], key[:n], value[:n], kv_cache, attn_metadata, plan, output[:n])
         return output

@@ -39,9 +39,7 @@ def write_pages(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     kv_cache[where, :, offset, dim:] = value
 
 
-def gather_resident(
-    kv_cache: torch.Tensor, table: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_resident(kv_cache: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of the first ``length`` tokens of a compact block table, each (kv_heads, length, d)."""
     _, kv_heads, block, width = kv_cache.shape
     blocks = table[: -(-length // block)].long()
@@ -98,8 +96,8 @@ class CpuLayer:
                     resident[searched[first]], resident_lse[searched[first]] = out[0], lse[0]
             else:
                 # The chunk itself is causal; everything before it is seen by all of its queries.
-                chunk = (tensor[first:last].transpose(0, 1) for tensor in (key, value))
-                out, lse = attend(q, *chunk, self._scale, causal=True)
+                keys, values = (tensor[first:last].transpose(0, 1) for tensor in (key, value))
+                out, lse = attend(q, keys, values, self._scale, causal=True)
                 earlier = length - (last - first)
                 if earlier > 0:
                     before = gather_resident(kv_cache, metadata.resident_table[row], earlier)
@@ -109,7 +107,8 @@ class CpuLayer:
                     out, lse = self._stream(worker, layer, q, streamed[row], out, lse)
             output[first:last] = out.to(output.dtype)
         if searched:
-            assert plan is not None and worker is not None
+            assert plan is not None
+            assert worker is not None
             self._merge_search(worker, plan, begin, resident, resident_lse, output)
 
     def _mirror(

@@ -52,9 +52,7 @@ class RetrievalMetadata(AttentionMetadata):
     plan: "StepPlan | None" = None
 
 
-def resident_columns(
-    windows: Ints, resident_lens: Ints, sink_blocks: int, block_size: int, width: int
-) -> Ints:
+def resident_columns(windows: Ints, resident_lens: Ints, sink_blocks: int, block_size: int, width: int) -> Ints:
     """Columns of the block table that a row's compact table takes: sink blocks, then the window's.
 
     Args:

@@ -51,18 +51,20 @@ class StepPlan:
     """The CUDA layer's copy of the index arrays; None on CPU."""
 
 
-def make_plan(
-    metadata: "RetrievalMetadata", arena: "Arena", epochs: dict[str, int], sink_end: int
-) -> StepPlan:
+def make_plan(metadata: "RetrievalMetadata", arena: "Arena", epochs: dict[str, int], sink_end: int) -> StepPlan:
     """Resolve a batch against the arena: give pages to new tokens and find what lies on the host.
 
     Args:
         epochs: admission epoch of each request that may need the host; rows of others stay in pages.
         sink_end: first position that the host may own.
     """
-    tokens, pages, offsets = [], [], []
-    decode_tokens, decode_rows, decode_ids = [], [], []
-    prefill = []
+    tokens: list[Ints] = []
+    pages: list[Ints] = []
+    offsets: list[Ints] = []
+    decode_tokens: list[int] = []
+    decode_rows: list[tuple[int, int, int]] = []
+    decode_ids: list[str] = []
+    prefill: list[PrefillRow] = []
     assert metadata.request_ids is not None
     for row, request_id in enumerate(metadata.request_ids):
         epoch = epochs.get(request_id)

@@ -40,9 +40,7 @@ def load_rows(mem16: Any, mem32: Any, dtype: int, start: int, n: int, dim: int, 
         elif dtype == 2:  # float16: shift the fields into place, then correct the exponent bias
             for j in range(dim):
                 h = np.uint32(mem16[base + j])
-                out_bits[t, j] = ((h & np.uint32(0x8000)) << np.uint32(16)) | (
-                    (h & np.uint32(0x7FFF)) << np.uint32(13)
-                )
+                out_bits[t, j] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
             for j in range(dim):
                 out[t, j] *= _TWO_112
         else:

@@ -34,9 +34,7 @@ class HostLedger:
 
     def arrived(self, request_id: str, max_tokens: int) -> None:
         """Note a request of at most ``max_tokens`` tokens (prompt and output); short ones never need the host."""
-        if self.pages == 0 or never_leaves_pages(
-            max_tokens, self.sink_tokens, self.window_tokens, self.block_size
-        ):
+        if self.pages == 0 or never_leaves_pages(max_tokens, self.sink_tokens, self.window_tokens, self.block_size):
             self._resident_only.add(request_id)
 
     def needs_host(self, request_id: str) -> bool:

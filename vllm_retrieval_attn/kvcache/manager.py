@@ -43,6 +43,7 @@ class RetrievalManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
         apply_admission_cap: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> int:
         if self.ledger is not None:
@@ -58,7 +59,8 @@ class RetrievalManager(SingleTypeKVCacheManager):
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
-            apply_admission_cap=apply_admission_cap,
+            apply_admission_cap,
+            *args,
             **kwargs,
         )
 

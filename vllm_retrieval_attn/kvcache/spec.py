@@ -26,9 +26,7 @@ class RetrievalSpec(AttentionSpec):
 
     def max_admission_blocks(self, max_model_len: int) -> int:
         """Most blocks that a request ever holds; the runtime gate and the pool's sizing both use it."""
-        bound = resident_blocks_bound(
-            self.sink_tokens, self.window_tokens, self.in_flight_tokens, self.block_size
-        )
+        bound = resident_blocks_bound(self.sink_tokens, self.window_tokens, self.in_flight_tokens, self.block_size)
         return min(bound, cdiv(max_model_len, self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:

@@ -92,9 +92,7 @@ class Arena:
         need = self.layout.page_tokens_owned(tokens)
         while len(store.pages) < need:
             if not self._free:
-                raise ArenaFull(
-                    f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)"
-                )
+                raise ArenaFull(f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)")
             page = self._free.pop()
             self.reserve(page)
             self.views.tables[store.slot, len(store.pages)] = page

@@ -6,6 +6,7 @@ sparse: memory is taken when a page is first written. A named file carries the p
 start time of its owner, so that the next start can remove what a killed owner left.
 """
 
+import contextlib
 import logging
 import mmap
 import os
@@ -90,10 +91,8 @@ class SharedFile:
         if self._named is not None:
             self._named.unlink(missing_ok=True)
             self._named = None
-        try:
+        with contextlib.suppress(BufferError):  # arrays of ours still look at it: freed with the process
             self.map.close()
-        except BufferError:
-            pass  # arrays of ours still look at it; the kernel frees it with the process
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

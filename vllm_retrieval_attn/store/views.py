@@ -46,9 +46,7 @@ class Views:
         ]
         self.queries16: Array = self.queries.view(np.uint16)
         self.queries32: Array = self.queries[: self.queries.size // 4 * 4].view(np.float32)
-        partials = raw[layout.partials_offset :][
-            : layout.actors * layout.actor_partials * layout.partial_floats * 4
-        ]
+        partials = raw[layout.partials_offset :][: layout.actors * layout.actor_partials * layout.partial_floats * 4]
         self.partials: Array = partials.view(np.float32).reshape(
             layout.actors, layout.actor_partials, layout.partial_floats
         )

@@ -69,9 +69,7 @@ class RingClient:
             WorkersUnavailable: from ``revive``.
         """
         lay, views = self._layout, self._views
-        while await_lanes(
-            views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout
-        ):
+        while await_lanes(views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
             self._revive()
         gather_partials(
             lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, int(views.header[MSG_ROWS]), views.rows,

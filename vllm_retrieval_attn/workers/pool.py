@@ -36,13 +36,13 @@ def start_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     try:
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local",
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 configure_logging=False,
                 object_store_memory=100 << 20,
             )
@@ -101,9 +101,7 @@ class ActorPool:
         handle: Any = (
             ray.remote(SearchActor)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=0)
-            .remote(
-                self._path, self._layout, actor, self._scale, self._config.spin_ns, self._config.cpus
-            )
+            .remote(self._path, self._layout, actor, self._scale, self._config.spin_ns, self._config.cpus)
         )
         self._actors[actor] = handle
         self._pending[actor] = handle.pid.remote()

@@ -20,9 +20,7 @@ _FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # not FUTEX_PRIVATE: the word is shared between
 def check_platform() -> None:
     """Refuse a machine whose futex call number is not known."""
     if FUTEX_NUMBER < 0:
-        raise RuntimeError(
-            f"retrieval: processor {platform.machine()!r} is not supported; use x86_64 or aarch64 Linux"
-        )
+        raise RuntimeError(f"retrieval: processor {platform.machine()!r} is not supported; use x86_64 or aarch64 Linux")
 
 
 def _symbol(builder: Any, name: str, function_type: Any) -> Any:
