@@ -10,6 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -54,7 +55,9 @@ def read_clock_ns(typingctx: Any) -> Any:
     """CLOCK_MONOTONIC in nanoseconds (int64), comparable with ``time.monotonic_ns()``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        timespec = builder.bitcast(builder.alloca(ir.ArrayType(_I64, 2)), ir.PointerType(_I64))
+        # In the function's entry block: an alloca here would grow the stack at every turn of a polling loop.
+        slot = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
+        timespec = builder.bitcast(slot, ir.PointerType(_I64))
         function = _symbol(builder, "clock_gettime", ir.FunctionType(_I32, [_I32, ir.PointerType(_I64)]))
         builder.call(function, [ir.Constant(_I32, 1), timespec])
         seconds = builder.load(timespec)
