@@ -32,20 +32,29 @@ def load_rows(mem16: Any, mem32: Any, dtype: int, start: int, n: int, dim: int, 
     ``out_bits`` is the uint32 view of ``out``; ``mem16`` and ``mem32`` are the uint16 and float32
     views of one buffer.
     """
+    # Slices first: an index whose sign the compiler does not know keeps the loops from vectorising.
+    if dtype == FLOAT32:
+        words = mem32[start : start + n * dim]
+        for t in range(n):
+            word = words[t * dim : (t + 1) * dim]
+            row = out[t]
+            for j in range(dim):
+                row[j] = word[j]
+        return
+    halves = mem16[start : start + n * dim]
     for t in range(n):
-        base = start + t * dim
-        if dtype == 1:  # bfloat16: the upper half of a float32
+        half = halves[t * dim : (t + 1) * dim]
+        bits = out_bits[t]
+        if dtype == BFLOAT16:  # the upper half of a float32
             for j in range(dim):
-                out_bits[t, j] = np.uint32(mem16[base + j]) << np.uint32(16)
-        elif dtype == 2:  # float16: shift the fields into place, then correct the exponent bias
+                bits[j] = np.uint32(half[j]) << np.uint32(16)
+        else:  # float16: shift the fields into place, then correct the exponent bias
+            row = out[t]
             for j in range(dim):
-                h = np.uint32(mem16[base + j])
-                out_bits[t, j] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
+                h = np.uint32(half[j])
+                bits[j] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
             for j in range(dim):
-                out[t, j] *= _TWO_112
-        else:
-            for j in range(dim):
-                out[t, j] = mem32[base + j]
+                row[j] *= _TWO_112
 
 
 @jit
@@ -106,12 +115,25 @@ def attend_rows(
     while done < n:
         m = min(TILE, n - done)
         load_rows(mem16, mem32, dtype, k_start + done * dim, m, dim, rows, rows_bits)
-        for i in range(g):
-            for t in range(m):
-                s = np.float32(0.0)
+        # Four keys at a time: their sums are independent, and a query element is read once for all four.
+        for t in range(m, (m + 3) // 4 * 4):
+            for j in range(dim):
+                rows[t, j] = 0.0
+        for t in range(0, m, 4):
+            k0, k1, k2, k3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
+            for i in range(g):
+                qi = q[i]
+                s0 = s1 = s2 = s3 = np.float32(0.0)
                 for j in range(dim):
-                    s += q[i, j] * rows[t, j]
-                scores[i, t] = s
+                    x = qi[j]
+                    s0 += x * k0[j]
+                    s1 += x * k1[j]
+                    s2 += x * k2[j]
+                    s3 += x * k3[j]
+                scores[i, t] = s0
+                scores[i, t + 1] = s1
+                scores[i, t + 2] = s2
+                scores[i, t + 3] = s3
         load_rows(mem16, mem32, dtype, v_start + done * dim, m, dim, rows, rows_bits)
         for i in range(g):
             best = top[i]
@@ -131,10 +153,18 @@ def attend_rows(
             for t in range(m):
                 s += scores[i, t]
             total[i] += s
-            for t in range(m):
-                w = scores[i, t]
+            for t in range(m, (m + 3) // 4 * 4):
+                scores[i, t] = 0.0
+        for t in range(m, (m + 3) // 4 * 4):
+            for j in range(dim):
+                rows[t, j] = 0.0
+        for t in range(0, m, 4):
+            v0, v1, v2, v3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
+            for i in range(g):
+                w0, w1, w2, w3 = scores[i, t], scores[i, t + 1], scores[i, t + 2], scores[i, t + 3]
+                out = acc[i]
                 for j in range(dim):
-                    acc[i, j] += w * rows[t, j]
+                    out[j] += w0 * v0[j] + w1 * v1[j] + w2 * v2[j] + w3 * v3[j]
         done += m
 
 
