@@ -26,7 +26,7 @@ class RetrievalConfig(BaseModel):
     window_tokens: int = Field(512, ge=1)
     """Most recent tokens that stay in the paged cache; the paper's 512."""
     index: Literal["flat", "none"] = "flat"
-    """``flat``: exact search over every host token, equal to full attention. ``none``: nothing is
+    """``flat``: exact search over every host token, equal to full attention up to rounding. ``none``: nothing is
     kept on the host, attention sees sink and window alone (a lower bound to compare with)."""
     segment_tokens: int = Field(8192, ge=64)
     """Tokens of a segment, the unit that an index covers. A multiple of 64."""
@@ -36,7 +36,7 @@ class RetrievalConfig(BaseModel):
     workers: int | None = Field(None, ge=1)
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
     threads: int | None = Field(None, ge=1)
-    """Search threads in each actor. Default: the cores, less one for each rank."""
+    """Search threads in each actor. Default: the cores, less one a rank, shared by all actors."""
     ray_address: str | None = None
     """A running Ray cluster on this host. Default: a local Ray of our own that ends with the engine."""
     worker_timeout_s: float = Field(60.0, gt=0)

@@ -10,8 +10,8 @@ class Timings:
 
     Attributes:
         layers: layers summed.
-        query_out: from the start of the layer until its queries lie in host memory.
-        wait: from then until the answer is complete (search included).
+        query_out: CUDA: from the start of the layer until its queries lie in host memory. CPU: 0.
+        wait: CUDA: from then until the answer is complete. CPU: what is left of that after the paged part.
         search: the slowest lane's search.
         merge: bringing the answer back and merging it (on CUDA: issuing that work).
         total: the whole layer on the CPU clock.

@@ -60,7 +60,6 @@ class RetrievalWorker:
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU.
         timings: where decode time goes.
-        resident_blocks: most paged blocks that one row attended to, since last read.
     """
 
     def __init__(self, vllm_config: "VllmConfig", config: "ResolvedConfig", kv_cache_config: "KVCacheConfig") -> None:
@@ -76,7 +75,6 @@ class RetrievalWorker:
         self._failed: set[str] = set()
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
-        self._late_since = 0.0
         self.hosted = config.index != "none"
         if self.hosted:
             self._start_host(vllm_config)
@@ -119,7 +117,7 @@ class RetrievalWorker:
             from vllm_retrieval_attn.attention.cuda import CudaHost
 
             self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
-        self.client = RingClient(layout, self.arena.views, config.spin_ns, self._revive)
+        self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
         try:
             self.pool = ActorPool(
@@ -165,7 +163,6 @@ class RetrievalWorker:
             if not self.hosted:
                 return None
             metadata.plan = make_plan(metadata, self.arena, self._message.admitted, self.config.sink_end)
-            self._late_since = time.monotonic()
             if len(metadata.plan.decode_ids) and not self.pool.available():
                 self.fail(metadata.plan, WorkersUnavailable("CPU workers are not back yet"))
         return metadata.plan
@@ -214,9 +211,6 @@ class RetrievalWorker:
         self._metadata.clear()
 
     # ---- workers
-
-    def _revive(self) -> None:
-        self.pool.revive(self._late_since)
 
     def _actors_restarted(self) -> None:
         for store in list(self.arena.requests.values()):

@@ -67,7 +67,7 @@ def measure(
         options: for ``vllm.LLM`` and, under ``retrieval``, our knobs.
 
     Returns:
-        One row a length; times in milliseconds, breakdown in microseconds a layer.
+        One row a length: ``ttft_s`` in seconds, ``tpot_ms`` in milliseconds, ``*_us`` in microseconds a layer.
     """
     import torch
     from vllm.platforms import current_platform

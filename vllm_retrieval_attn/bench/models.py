@@ -51,3 +51,7 @@ def smollm2_64k(shared: Path, into: Path = CACHE) -> Path | None:
         subprocess.run([sys.executable, source / "expand.py", folder], check=True)
         (folder / "done").touch()
     return folder
+
+
+if __name__ == "__main__":
+    print(smollm2())

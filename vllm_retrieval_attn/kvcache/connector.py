@@ -17,6 +17,8 @@ from vllm_retrieval_attn.compat import resolved_config
 from vllm_retrieval_attn.kvcache.ledger import HostLedger
 from vllm_retrieval_attn.kvcache.manager import RetrievalManager
 from vllm_retrieval_attn.kvcache.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.kvcache.spec import RetrievalSpec
+from vllm_retrieval_attn.ownership import window_start
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from vllm_retrieval_attn.worker import RetrievalWorker
 
+_NULL_BLOCK = 0
+
 
 class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
     """Filled into ``kv_transfer_config`` when the backend is selected; not meant to be named by users."""
@@ -37,6 +41,9 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         from vllm_retrieval_attn.worker import RetrievalWorker, with_block_size
 
         config = with_block_size(resolved_config(vllm_config), kv_cache_config)
+        self._config = config
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self._group = next(i for i, spec in enumerate(specs) if isinstance(spec, RetrievalSpec))
         self._worker: RetrievalWorker | None = None
         self._ledger = HostLedger(
             config.host_pages, config.page_tokens, config.sink_end, config.window_tokens, config.block_size
@@ -96,7 +103,18 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return False, None
+        """What the request held, for the response's ``kv_transfer_params``; blocks are freed at once."""
+        config, computed = self._config, request.num_computed_tokens
+        start = window_start(computed, config.sink_tokens, config.window_tokens, config.block_size)
+        left_pages = start - config.sink_end
+        hosted = self._ledger.pages > 0 and self._ledger.needs_host(request.request_id)
+        report = {
+            "prompt_tokens": request.num_prompt_tokens,
+            "paged_blocks": sum(block != _NULL_BLOCK for block in block_ids[self._group]),
+            "paged_tokens": computed - left_pages,
+            "host_tokens": left_pages if hosted else 0,
+        }
+        return False, {"retrieval": report}
 
     # ---- worker half
 

@@ -18,9 +18,9 @@ WORD_STOP = 1
 WORD_CLIENT_PID = 2
 FIXED_WORDS = 3
 
-# per lane: done, sleeping, client waits for it, heartbeat; per actor: pid
-LANE_DONE, LANE_SLEEPING, LANE_AWAITED, LANE_ALIVE = 0, 1, 2, 3
-LANE_WORDS = 4
+# per lane: done, sleeping, client waits for it; per actor: pid
+LANE_DONE, LANE_SLEEPING, LANE_AWAITED = 0, 1, 2
+LANE_WORDS = 3
 
 # int64 numbers of the request message
 MSG_LAYER, MSG_ROWS = 0, 1

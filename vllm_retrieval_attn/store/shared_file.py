@@ -82,10 +82,6 @@ class SharedFile:
         """Map the file that another process made."""
         return cls(os.open(path, os.O_RDWR), path, None)
 
-    def release_range(self, offset: int, length: int) -> None:
-        """Give the memory of a page-aligned range back to the system; it reads as zeros afterwards."""
-        self.map.madvise(mmap.MADV_REMOVE, offset, length)
-
     def close(self) -> None:
         """Remove the name (owner) and close; the mapping lives on while arrays still refer to it."""
         if self._named is not None:

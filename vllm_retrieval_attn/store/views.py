@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 class Views:
-    """Arrays over one rank's shared file (see store/layout.py for who writes what).
+    """Arrays over one rank's shared file. The vLLM worker writes all but ``stats``, ``partials`` and lanes' words.
 
     Attributes:
         words: (words,) int32 polled words, strided to one a cache line.

@@ -33,7 +33,3 @@ class SearchActor:
     def pid(self) -> int:
         """Process id; the call returns once the actor is attached."""
         return os.getpid()
-
-    def errors(self) -> list[str]:
-        """What ended lanes, if anything did."""
-        return [repr(lane.error) for lane in self._lanes if lane.error is not None]

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
-    LANE_DONE,
     MSG_LAYER,
     MSG_ROWS,
     STAT_KEYS,
@@ -34,11 +33,12 @@ class RingClient:
     Args:
         layout, views: the shared file of the rank.
         spin_ns: how long to yield before sleeping.
-        revive: called about every 100 ms of waiting; brings dead actors back, or raises
+        revive: called about every 100 ms of waiting, with the monotonic time since when an answer is
+            awaited; brings dead actors back and returns the time from which to count on, or raises
             WorkersUnavailable.
     """
 
-    def __init__(self, layout: Layout, views: Views, spin_ns: int, revive: Callable[[], None]) -> None:
+    def __init__(self, layout: Layout, views: Views, spin_ns: int, revive: Callable[[float], float]) -> None:
         self._layout, self._views = layout, views
         self._spin_ns, self._revive = spin_ns, revive
         self._timeout = np.array((0, 20_000_000), np.int64)
@@ -69,8 +69,9 @@ class RingClient:
             WorkersUnavailable: from ``revive``.
         """
         lay, views = self._layout, self._views
+        since = time.monotonic()
         while await_lanes(views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
-            self._revive()
+            since = self._revive(since)
         gather_partials(
             lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, int(views.header[MSG_ROWS]), views.rows,
             views.partials, out, lse,
@@ -80,22 +81,12 @@ class RingClient:
         """Forget the last message, so that lanes that come back later do not serve it."""
         self._views.header[MSG_ROWS] = 0
 
-    def late_lanes(self) -> list[int]:
-        """Lanes that have not answered the last message."""
-        words = self._views.words
-        return [
-            lane
-            for lane in range(self._layout.lanes)
-            if int(words[self._views.lane_word(lane, LANE_DONE)]) != self._seq
-        ]
-
     def search_stats(self) -> tuple[float, int]:
         """Seconds of the slowest lane and keys scored, of the last message."""
         stats: Any = self._views.stats
         return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_KEYS].sum())
 
-    def stop(self, patience: float = 1.0) -> None:
+    def stop(self) -> None:
         """Tell every lane to leave its loop."""
         self._views.words[WORD_STOP] = 1
         self.post(0, self._views.rows[:0])
-        time.sleep(min(patience, 0.01))

@@ -16,6 +16,7 @@ from vllm_retrieval_attn.workers.client import WorkersUnavailable
 logger = logging.getLogger("vllm.retrieval")
 
 _START_TIMEOUT_S = 120.0
+_START_TRIES = 3
 _WATCH_S = 0.25
 
 
@@ -70,7 +71,9 @@ class ActorPool:
         self._on_restart = on_restart
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._waiting_since = 0.0
+        self._down_since: float | None = None
+        self._last_error = ""
+        self._failures = 0
         self.restarts = 0
         views.words[WORD_CLIENT_PID] = os.getpid()
         self._owns_ray = start_ray(config.ray_address)
@@ -82,10 +85,13 @@ class ActorPool:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while self._pending and time.monotonic() < deadline:
             self._settle(0.5)
+            if self._failures >= _START_TRIES:
+                break
         if self._pending:
+            self.close()
             raise RuntimeError(
-                f"retrieval: {len(self._pending)} of {layout.actors} CPU workers did not start within "
-                f"{_START_TIMEOUT_S:.0f} s; look at `ray status` and the logs under /tmp/ray/session_latest/logs"
+                f"retrieval: {len(self._pending)} of {layout.actors} CPU workers did not start "
+                f"({self._last_error or 'no answer'}); look at the logs under /tmp/ray/session_latest/logs"
             )
         self._watcher = threading.Thread(target=self._watch, name="retrieval-watch", daemon=True)
         self._watcher.start()
@@ -118,9 +124,10 @@ class ActorPool:
             try:
                 pid = ray.get(reference)
             except Exception as error:
-                logger.error("retrieval: CPU worker %d did not start: %s", actor, error)
-                if self._closing.is_set() or time.monotonic() - self._waiting_since > self._config.restart_timeout_s:
-                    raise WorkersUnavailable(f"CPU worker {actor} does not start: {error}") from error
+                # The last line of Ray's account is the actor's own exception.
+                self._last_error = str(error).strip().rpartition("\n")[2]
+                self._failures += 1
+                logger.error("retrieval: CPU worker %d did not start: %s", actor, self._last_error)
                 time.sleep(0.2)
                 self._launch(actor)
             else:
@@ -137,49 +144,55 @@ class ActorPool:
             if actor not in self._pending and (started is None or process_start(pid) != started)
         ]
 
-    def check(self, late_since: float | None = None) -> bool:
-        """Restart what died; True when every actor is alive.
-
-        Args:
-            late_since: monotonic time since when an answer is awaited; an actor that lives but does
-                not answer within ``worker_timeout_s`` is killed and replaced.
-        """
+    def check(self) -> bool:
+        """Restart what died; True when every actor is alive."""
         with self._lock:
-            if late_since is not None and time.monotonic() - late_since > self._config.worker_timeout_s:
-                self._kill_late()
-            dead = self._dead()
-            if dead and not self._pending:
-                self._waiting_since = time.monotonic()
-            for actor in dead:
+            for actor in self._dead():
+                if self._down_since is None:
+                    self._down_since = time.monotonic()
                 logger.warning("retrieval: CPU worker %d (pid %d) died; restarting it", actor, self._born[actor][0])
                 self._launch(actor)
-            if not self._pending:
-                return True
-            self._settle(0.05)
             if self._pending:
+                self._settle(0.05)
+            if self._pending or self._dead():
                 return False
-            self.restarts += 1
-            self._on_restart()
-            logger.warning("retrieval: CPU workers are back after %.1f s", time.monotonic() - self._waiting_since)
+            if self._down_since is not None:
+                self.restarts += 1
+                self._on_restart()
+                logger.warning("retrieval: CPU workers are back after %.1f s", time.monotonic() - self._down_since)
+                self._down_since = None
             return True
 
-    def revive(self, late_since: float) -> None:
-        """Called while an answer is late: restart the dead, give up after ``restart_timeout_s``.
+    def revive(self, late_since: float) -> float:
+        """Called while an answer is late: replace the hung, restart the dead, give up in the end.
+
+        Args:
+            late_since: monotonic time from which the answer is awaited. A worker that lives but has not
+                answered ``worker_timeout_s`` later is killed.
+
+        Returns:
+            The time from which the caller goes on counting: workers just replaced start afresh.
 
         Raises:
-            WorkersUnavailable: the workers did not come back in time.
+            WorkersUnavailable: the workers did not come back within ``restart_timeout_s``.
         """
-        if self.check(late_since):
-            return
-        waited = time.monotonic() - self._waiting_since
-        if waited > self._config.restart_timeout_s:
+        now = time.monotonic()
+        if now - late_since > self._config.worker_timeout_s:
+            with self._lock:
+                self._kill_late()
+        if self.check():
+            return now if now - late_since > self._config.worker_timeout_s else late_since
+        if not self.available():
             raise WorkersUnavailable(
-                f"CPU workers did not come back within restart_timeout_s={self._config.restart_timeout_s:g}"
+                f"CPU workers did not come back within restart_timeout_s={self._config.restart_timeout_s:g} "
+                f"({self._last_error or 'they are still starting'})"
             )
+        return now
 
     def available(self) -> bool:
-        """Whether to try at all: False while a failed restart is still pending."""
-        return not self._pending or time.monotonic() - self._waiting_since <= self._config.restart_timeout_s
+        """Whether to wait for an answer at all: not while workers are down for longer than the limit."""
+        down = self._down_since
+        return down is None or time.monotonic() - down <= self._config.restart_timeout_s
 
     def _kill_late(self) -> None:
         import ray

@@ -17,7 +17,6 @@ import numpy as np
 from vllm_retrieval_attn.index.kernels import TILE, attend_rows, jit, load_rows
 from vllm_retrieval_attn.store.layout import (
     FIXED_WORDS,
-    LANE_ALIVE,
     LANE_AWAITED,
     LANE_DONE,
     LANE_SLEEPING,
@@ -198,7 +197,6 @@ def serve_lane(
             quiet_since = now
             continue
         now = read_clock_ns()
-        words[base + LANE_ALIVE] = np.int32(now >> 20)
         if now > until_ns:
             return IDLE
         if now - quiet_since < spin_ns:

