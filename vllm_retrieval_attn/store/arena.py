@@ -93,9 +93,10 @@ class Arena:
         while len(store.pages) < need:
             if not self._free:
                 raise ArenaFull(f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)")
-            page = self._free.pop()
-            self.reserve(page)
+            page = self._free[-1]
+            self.reserve(page)  # may fail; nothing has changed hands yet
             self.views.tables[store.slot, len(store.pages)] = page
+            self._free.pop()
             store.pages.append(page)
 
     def release(self, request_id: str, epoch: int) -> None:

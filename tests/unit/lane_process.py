@@ -1,0 +1,17 @@
+"""A program that serves one lane: ``argv[1]`` is the shared file, ``argv[2]`` the layout and the lane's place."""
+
+import json
+import sys
+
+from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.shared_file import SharedFile
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.lane import Lane
+
+if __name__ == "__main__":
+    place = json.loads(sys.argv[2])
+    layout = Layout(**place["layout"])
+    views = Views(layout, SharedFile.attach(sys.argv[1]).map)
+    lane = Lane(layout, views, place["actor"], place["thread"], place["scale"], place["spin"])
+    lane.start()
+    lane.join()

@@ -1,0 +1,181 @@
+"""The arena: no page has two owners, freed pages are poisoned, everything is free at the end."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.unit.rings import DTYPES, make_layout
+from vllm_retrieval_attn.store.arena import Arena, ArenaFull
+
+IDS = st.sampled_from(["a", "b", "c", "d", "e"])
+
+
+def make_arena(dtype="float32", poison=True, **shape):
+    return Arena(make_layout(dtype, **shape), DTYPES[dtype], rank=91, segment_tokens=128, poison=poison)
+
+
+class ArenaLife(RuleBasedStateMachine):
+    """Random admissions, growth and releases against a model of who holds what."""
+
+    @initialize(dtype=st.sampled_from(list(DTYPES)), rows=st.integers(1, 4))
+    def make(self, dtype, rows):
+        self.arena = make_arena(dtype, max_rows=rows, table_pages=6, dim=8, layers=1)
+        self.arena.pages[:] = float("nan")
+        self.model: dict[str, tuple[int, int]] = {}  # id -> (epoch, tokens)
+        self.epoch = 0
+        # Half the pages: growth can meet a full arena.
+        self.spare = [self.arena._free.pop() for _ in range(self.arena.layout.pages // 2)]
+
+    def teardown(self):
+        if not hasattr(self, "arena"):
+            return
+        for request_id in list(self.arena.requests):
+            self.arena.release(request_id, self.epoch)
+        assert self.arena.used_pages == len(self.spare)
+        assert sorted(self.arena._free + self.spare) == list(range(self.arena.layout.pages))
+        assert sorted(self.arena._slots) == list(range(self.arena.layout.max_rows))
+        assert self.arena.host_tokens == 0
+        assert self.arena.pages.isnan().all()
+        self.arena.close()
+
+    @rule(request_id=IDS)
+    def admit(self, request_id):
+        """A new admission; one of an older epoch loses what it held."""
+        self.epoch += 1
+        full = request_id not in self.model and len(self.model) == self.arena.layout.max_rows
+        if full:
+            with pytest.raises(ArenaFull):
+                self.arena.open(request_id, self.epoch)
+            return
+        store = self.arena.open(request_id, self.epoch)
+        assert (store.epoch, store.pages, store.tokens) == (self.epoch, [], 0)
+        self.model[request_id] = (self.epoch, 0)
+
+    @rule(request_id=IDS)
+    def open_again(self, request_id):
+        """The same epoch finds the same store."""
+        if request_id in self.model:
+            store = self.arena.requests[request_id]
+            assert self.arena.open(request_id, self.model[request_id][0]) is store
+
+    @rule(request_id=IDS, more=st.integers(1, 150))
+    def grow(self, request_id, more):
+        if request_id not in self.model:
+            return
+        epoch, tokens = self.model[request_id]
+        store = self.arena.open(request_id, epoch)
+        target = min(tokens + more, self.arena.layout.page_tokens * self.arena.layout.table_pages)
+        need = self.arena.layout.page_tokens_owned(target) - len(store.pages)
+        if need > len(self.arena._free):
+            with pytest.raises(ArenaFull):
+                self.arena.grow(store, target)
+            return
+        self.arena.grow(store, target)
+        pages, offsets = self.arena.token_positions(store, tokens, target)
+        self.arena.pages[torch.from_numpy(pages), :, :, :, torch.from_numpy(offsets)] = float(epoch)
+        store.written(target)
+        self.model[request_id] = (epoch, target)
+
+    @rule(request_id=IDS, age=st.integers(-2, 1))
+    def release(self, request_id, age):
+        """A release of an older epoch is too late and changes nothing."""
+        if request_id not in self.model:
+            self.arena.release(request_id, self.epoch)
+            return
+        epoch, _ = self.model[request_id]
+        self.arena.release(request_id, epoch + age)
+        if age >= 0:
+            del self.model[request_id]
+
+    @invariant()
+    def pages_have_one_owner_and_hold_what_it_wrote(self):
+        if not hasattr(self, "arena"):
+            return
+        arena = self.arena
+        assert set(arena.requests) == set(self.model)
+        owned = [page for store in arena.requests.values() for page in store.pages]
+        everything = owned + arena._free + self.spare
+        assert sorted(everything) == list(range(arena.layout.pages))
+        assert arena.used_bytes == (len(owned) + len(self.spare)) * arena.layout.page_bytes
+        slots = [store.slot for store in arena.requests.values()]
+        assert sorted(slots + arena._slots) == list(range(arena.layout.max_rows))
+        assert arena.host_tokens == sum(tokens for _, tokens in self.model.values())
+        assert arena.pages[arena._free].isnan().all()
+        for request_id, (epoch, tokens) in self.model.items():
+            store = arena.requests[request_id]
+            assert arena.views.tables[store.slot, : len(store.pages)].tolist() == store.pages
+            pages, offsets = arena.token_positions(store, 0, tokens)
+            assert (arena.pages[torch.from_numpy(pages), :, :, :, torch.from_numpy(offsets)] == epoch).all()
+
+
+TestArenaLife = ArenaLife.TestCase
+TestArenaLife.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.fixture
+def arena():
+    made = make_arena()
+    yield made
+    made.close()
+
+
+def test_low_pages_are_used_first_and_reserved_before_use():
+    seen = []
+    arena = Arena(make_layout(), torch.float32, 91, 128, reserve=seen.append)
+    arena.grow(arena.open("a", 1), 3 * 64)
+    assert seen == arena.requests["a"].pages == [0, 1, 2]
+    arena.close()
+
+
+def test_a_failed_reserve_loses_no_page():
+    def refuse(page):
+        raise RuntimeError("no memory to pin")
+
+    arena = Arena(make_layout(), torch.float32, 91, 128, reserve=refuse)
+    store = arena.open("a", 1)
+    with pytest.raises(RuntimeError, match="pin"):
+        arena.grow(store, 64)
+    arena.release("a", 1)
+    assert arena.used_pages == 0
+    arena.close()
+
+
+def test_what_a_full_arena_gave_before_it_refused_comes_back(arena):
+    stores = [arena.open(name, 1) for name in "abcdef"]
+    for store in stores:
+        arena.grow(store, 6 * 64)
+    with pytest.raises(ArenaFull, match="more than 6 requests"):
+        arena.open("g", 1)
+    for name in "abcdef":
+        arena.release(name, 1)
+    assert arena.used_pages == 0
+
+
+def test_growing_to_fewer_tokens_takes_nothing(arena):
+    store = arena.open("a", 1)
+    arena.grow(store, 100)
+    arena.grow(store, 3)
+    assert len(store.pages) == 2
+
+
+def test_token_positions_are_pages_and_offsets_in_token_order(arena):
+    arena.grow(arena.open("other", 1), 64)
+    store = arena.open("a", 1)
+    arena.grow(store, 130)
+    pages, offsets = arena.token_positions(store, 62, 130)
+    assert pages.tolist() == [store.pages[t // 64] for t in range(62, 130)]
+    assert offsets.tolist() == [t % 64 for t in range(62, 130)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_released_page_reads_as_nan(dtype):
+    arena = make_arena(dtype)
+    store = arena.open("a", 1)
+    arena.grow(store, 64)
+    arena.pages[store.pages] = 1.0
+    arena.release("a", 1)
+    assert arena.pages[store.pages].isnan().all()
+    assert (arena.views.tables[store.slot] < 0).all()
+    arena.close()
