@@ -1,0 +1,38 @@
+"""Greedy tokens of one engine over prompts of several lengths: run by test_parity.py, one process an engine."""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm_retrieval_attn.bench.engine import InProcessEngine
+from vllm_retrieval_attn.bench.models import smollm2
+from vllm_retrieval_attn.bench.needles import filler
+
+LENGTHS = [100, 700, 3000, 7500]
+
+
+def main(out: Path, backend: str, chunk: int, alone: bool) -> None:
+    engine = InProcessEngine(
+        str(smollm2()),
+        {"host_memory_gb": 3} if backend == "retrieval" else None,
+        backend,
+        dtype="float32",
+        max_model_len=8192,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=10**9,
+        enforce_eager=True,
+        seed=0,
+    )
+    ids = engine.llm.get_tokenizer().encode(filler()[:120_000])
+    prompts = [ids[10 * n : 10 * n + length] for n, length in enumerate([*LENGTHS, 150, 300, 400, 650])]
+    groups = [[prompt] for prompt in prompts[: len(LENGTHS)]] if alone else [prompts]
+    tokens = [
+        answer.tokens for group in groups for answer in engine.run(group, temperature=0, max_tokens=64, ignore_eos=True)
+    ]
+    engine.close()
+    out.write_text(json.dumps(tokens))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "alone")
