@@ -20,10 +20,13 @@ ifeq ($(GPU),)
 	@echo "installing the CPU build of vLLM (several minutes the first time)"
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet ./deploy/cpu
-	# vLLM's requirements bring builds of these that do not fit the CPU build of torch and break transformers.
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+ifeq ($(GPU),)
+	# Last, since every install brings them back: vLLM requires builds that do not fit the CPU build of torch, and
+	# with them transformers can not be imported.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	@touch $@
 
 serve: setup  ## serve the demo's model
