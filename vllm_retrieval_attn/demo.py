@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 from vllm_retrieval_attn.bench.models import smollm2
 from vllm_retrieval_attn.bench.needles import questions
 
-PROMPT_TOKENS = 6_000
-QUESTIONS = 3
+DOCUMENTS = ((3_000, 2), (3_000, 4), (4_000, 5))
+"""Prompt tokens and seed of each document. One fact each: a model of 135M parameters confuses several."""
 _START_S, _ANSWER_S = 60, 25
 """Usual durations on two cores, for the progress bar."""
 
@@ -87,13 +87,14 @@ def main() -> None:
     show(console, rows)
     log.unlink()
     if not all(row["right"] for row in rows):
-        raise SystemExit("an answer is wrong")
+        raise SystemExit("an answer is wrong: look whether --attention-backend CPU_ATTN gives it too")
 
 
 def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
-    """Ask each question over the same long document; one row each."""
+    """Ask for the fact in each document; one row each."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    asked = questions(AutoTokenizer.from_pretrained(model), PROMPT_TOKENS, QUESTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [question for length, seed in DOCUMENTS for question in questions(tokenizer, length, 1, seed)]
     rows = []
     with ThreadPoolExecutor(1) as pool:
         for question in asked:
@@ -104,7 +105,7 @@ def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
             wait(progress, f"what is the number for {question.key}?", _ANSWER_S, future.done)
             reply = future.result()
             held = (reply.model_extra or {})["kv_transfer_params"]["retrieval"]
-            answer = reply.choices[0].text.strip().partition("\n")[0]
+            answer = reply.choices[0].text.strip().partition("\n")[0]  # the model goes on with the document
             rows.append(
                 {
                     "question": question.key,
@@ -120,16 +121,10 @@ def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Facts asked for, over a document of which only sinks and a recent window stay in paged memory")
-    table.add_column("answer", min_width=24)
+    table = Table(title="Only sinks and a recent window stay in paged memory; the fact is retrieved from the host")
+    table.add_column("answer", min_width=30)
     table.add_column("right")
-    for name in (
-        "fact at token",
-        "prompt tokens",
-        "tokens in paged memory",
-        "tokens in host memory, retrieved",
-        "seconds",
-    ):
+    for name in ("fact at", "prompt tokens", "tokens in pages", "tokens on host", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

