@@ -16,15 +16,17 @@ def check_request(config: "ResolvedConfig", request: Any) -> None:
     "length", as one that meets max_model_len does.
 
     Raises:
-        ValueError: the prompt alone is too long; the API server answers 400 with this text.
+        VLLMValidationError: the prompt alone is too long; the API server answers 400 with this text.
     """
+    from vllm.exceptions import VLLMValidationError
+
     longest = config.longest_request
     params = request.sampling_params
     if longest is None or params is None:
         return
     prompt = len(request.prompt_token_ids or ()) or len(request.prompt_embeds)
     if prompt >= longest:
-        raise ValueError(
+        raise VLLMValidationError(
             f"retrieval: the prompt has {prompt} tokens, but host memory holds at most {longest - 1} prompt tokens "
             f"for one request (host_memory_gb={config.host_memory_gb:.1f}); shorten the prompt or raise host_memory_gb"
         )

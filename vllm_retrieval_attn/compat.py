@@ -8,6 +8,7 @@ backend, and do nothing unless the backend is selected.
 import copyreg
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,31 @@ def _patch_cpu_selection() -> None:
 
     setattr(get_attn_backend_cls, _MARK, True)
     setattr(CpuPlatform, "get_attn_backend_cls", classmethod(get_attn_backend_cls))  # noqa: B010  # mypy refuses the assignment
+
+
+def _patch_kernel_scan() -> None:
+    """vLLM's CPU start reads ``__dict__`` of everything in every module, and llvmlite answers with a C symbol.
+
+    llvmlite's library wrapper looks any unknown name up in its shared library, finds one for ``__dict__``, and the
+    scan ends with "'_lib_fn_wrapper' object has no attribute 'get'" once Numba is loaded in the process, as ours is.
+    Remove when ``_rebind_kernels`` skips values whose ``__dict__`` is no dictionary.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def make(original: Any) -> Any:
+        def _rebind_kernels(overrides: Any) -> None:
+            hidden = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite.")}
+            for name in hidden:
+                del sys.modules[name]
+            try:
+                original(overrides)
+            finally:
+                sys.modules.update(hidden)
+
+        return _rebind_kernels
+
+    if hasattr(dispatcher, "_rebind_kernels"):
+        _wrap(dispatcher, "_rebind_kernels", make)
 
 
 def _patch_engine_args() -> None:
@@ -216,6 +242,7 @@ def install() -> None:
     _patch_engine_args()
     _register_spec()
     _patch_cpu_selection()
+    _patch_kernel_scan()
     _patch_input_processor()
     _patch_scheduler()
 

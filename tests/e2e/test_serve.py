@@ -1,5 +1,6 @@
 """`vllm serve` as a user starts it: spawned processes, HTTP, streaming, errors, shared memory after the end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,10 @@ from vllm_retrieval_attn.bench.needles import questions
 from vllm_retrieval_attn.demo import free_port, is_up
 
 SHM = Path("/dev/shm")
+
+
+def ours():
+    return set(SHM.glob("vllm-retrieval-*"))
 
 
 class Server:
@@ -52,10 +57,13 @@ def server(tmp_path_factory):
     dead.wait()
     stale = SHM / f"vllm-retrieval-{dead.pid}-12345-r0"
     stale.write_bytes(b"x")
+    before = ours()  # of other engines on this machine
     server = Server(tmp_path_factory.mktemp("serve") / "log")
+    server.files = ours() - before
     assert not stale.exists(), "the next start removes the file of a killed server"
     yield server
-    os.killpg(server.process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.process.pid, signal.SIGKILL)
 
 
 def test_a_fact_far_back_is_retrieved_and_the_response_says_where_tokens_were(server):
@@ -69,8 +77,29 @@ def test_a_fact_far_back_is_retrieved_and_the_response_says_where_tokens_were(se
     assert question.position < 128 + held["host_tokens"]
 
 
+def test_arena_file_is_private(server):
+    assert server.files
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in server.files)
+
+
 def test_streaming_gives_the_same_text(server):
     prompt = "Attention sinks are " * 60
     whole = server.client.completions.create(model="m", prompt=prompt, max_tokens=16, temperature=0).choices[0].text
     stream = server.client.completions.create(model="m", prompt=prompt, max_tokens=16, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == whole
+
+
+def test_a_prompt_beyond_host_memory_is_a_400_and_the_server_goes_on(server):
+    ids = [100] * 8000  # 0.12 GB hold less
+    with pytest.raises(openai.BadRequestError, match="raise host_memory_gb"):
+        server.client.completions.create(model="m", prompt=[ids], max_tokens=4)
+    assert server.client.completions.create(model="m", prompt="Hello", max_tokens=4).choices[0].text
+
+
+def test_a_clean_end_leaves_no_file(server):
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(40)
+    deadline = time.monotonic() + 10
+    while server.files & ours() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not server.files & ours()

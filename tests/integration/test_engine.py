@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from vllm_retrieval_attn.bench.engine import InProcessEngine
 from vllm_retrieval_attn.bench.models import smollm2
@@ -171,7 +172,7 @@ def test_requests_wait_while_the_arena_is_full(engine, prompts, truth):
 
 
 def test_a_prompt_that_can_never_fit_is_refused_with_one_line(engine):
-    with pytest.raises(ValueError, match="raise host_memory_gb") as refused:
+    with pytest.raises(VLLMValidationError, match="raise host_memory_gb") as refused:
         engine.add([5] * 20_000, **GREEDY)
     assert "\n" not in str(refused.value)
     assert_nothing_left(engine)

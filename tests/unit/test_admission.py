@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from vllm_retrieval_attn.admission import check_request
 
@@ -19,7 +20,9 @@ def request(prompt: int, max_tokens: int = 10, embeds: bool = False):
 
 @pytest.mark.parametrize("prompt", [1000, 1001, 5000])
 def test_a_prompt_that_does_not_fit_is_refused_in_one_line(prompt):
-    with pytest.raises(ValueError, match=rf"^retrieval: the prompt has {prompt} tokens.*host_memory_gb") as caught:
+    with pytest.raises(
+        VLLMValidationError, match=rf"^retrieval: the prompt has {prompt} tokens.*host_memory_gb"
+    ) as caught:
         check_request(CONFIG, request(prompt))
     assert "\n" not in str(caught.value)
 
@@ -35,7 +38,7 @@ def test_output_ends_where_host_memory_ends(prompt, asked, given, embeds):
 
 
 def test_a_refused_prompt_given_as_embeddings_is_counted():
-    with pytest.raises(ValueError, match="1000 tokens"):
+    with pytest.raises(VLLMValidationError, match="1000 tokens"):
         check_request(CONFIG, request(1000, embeds=True))
 
 
