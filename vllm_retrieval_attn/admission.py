@@ -3,6 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm_retrieval_attn.options import search_options
+
 if TYPE_CHECKING:
     from vllm_retrieval_attn.config import ResolvedConfig
 
@@ -16,13 +18,20 @@ def check_request(config: "ResolvedConfig", request: Any) -> None:
     "length", as one that meets max_model_len does.
 
     Raises:
-        VLLMValidationError: the prompt alone is too long; the API server answers 400 with this text.
+        VLLMValidationError: the prompt alone is too long, or an argument of the request is wrong; the API server
+            answers 400 with this text.
     """
     from vllm.exceptions import VLLMValidationError
 
     longest = config.longest_request
     params = request.sampling_params
-    if longest is None or params is None:
+    if params is None:
+        return
+    try:
+        search_options(config, params.extra_args)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None
+    if longest is None:
         return
     prompt = len(request.prompt_token_ids or ()) or len(request.prompt_embeds)
     if prompt >= longest:

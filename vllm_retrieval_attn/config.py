@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_retrieval_attn import ownership
 
@@ -25,11 +25,20 @@ class RetrievalConfig(BaseModel):
     Rounded up to whole blocks."""
     window_tokens: int = Field(512, ge=1)
     """Most recent tokens that stay in the paged cache; the paper's 512."""
-    index: Literal["flat", "none"] = "flat"
-    """``flat``: exact search over every host token, equal to full attention up to rounding. ``none``: nothing is
-    kept on the host, attention sees sink and window alone (a lower bound to compare with)."""
+    index: Literal["attention", "flat", "none"] = "attention"
+    """``attention``: sealed segments are searched through clusters and 4-bit codes, see docs/index.md. ``flat``: exact
+    search over every host token, equal to full attention up to rounding. ``none``: nothing is kept on the host,
+    attention sees sink and window alone (a lower bound to compare with)."""
+    budget: float | None = Field(None, gt=0, le=1)
+    """Share of the indexed keys whose codes a decode step scans; 1: exact attention over all keys. Default:
+    calibrated for each KV head when a segment is sealed."""
+    rerank: int = Field(400, ge=1, le=1 << 20)
+    """Indexed keys that a decode step attends to exactly, for each KV head."""
+    tail: bool = True
+    """Whether to estimate the share of the keys that are not attended to exactly."""
     segment_tokens: int = Field(8192, ge=64)
-    """Tokens of a segment, the unit that an index covers. A multiple of 64."""
+    """Tokens of a segment, the unit that an index covers. A multiple of 64; of 256 and below 65,536 with index
+    ``attention``."""
     host_memory_gb: float | None = Field(None, gt=0)
     """Host memory for K and V, in 10^9 bytes, for the whole engine. Default: what is free at start,
     less a reserve for the rest of the machine."""
@@ -53,6 +62,14 @@ class RetrievalConfig(BaseModel):
             raise ValueError(f"must be a multiple of 64, not {value}")
         return value
 
+    @model_validator(mode="after")
+    def _whole_nodes(self) -> Self:
+        if self.index == "attention" and (self.segment_tokens % 256 or self.segment_tokens >= 1 << 16):
+            raise ValueError(
+                f"segment_tokens={self.segment_tokens}: index 'attention' needs a multiple of 256 below 65536"
+            )
+        return self
+
     @property
     def page_tokens(self) -> int:
         """Tokens of an arena page: small enough that a short request takes little, and a divisor of a segment."""
@@ -75,6 +92,8 @@ class ResolvedConfig(RetrievalConfig):
     """Bytes of K and V of one token in the retrieval layers of one rank."""
     host_pages: int
     """Arena pages of one rank; 0 with index ``none``."""
+    index_slabs: int = 0
+    """Segments of one rank that may be indexed."""
     block_size: int
     """Tokens of a paged block."""
     ranks: int
@@ -112,6 +131,8 @@ def one_line(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             known = ", ".join(sorted(RetrievalConfig.model_fields))
             parts.append(f"unknown knob {name!r} (known: {known})")
+        elif not problem["loc"]:
+            parts.append(problem["msg"].removeprefix("Value error, "))
         else:
             parts.append(f"{name}={problem['input']!r}: {problem['msg']}")
     return "; ".join(parts)
@@ -167,6 +188,7 @@ def resolve(
     kv_heads: int,
     block_size: int,
     ranks: int,
+    index_bytes_per_segment: int = 0,
     spoken_for: int = 0,
 ) -> ResolvedConfig:
     """Fill the defaults in from model and machine.
@@ -174,6 +196,7 @@ def resolve(
     Args:
         bytes_per_token: K and V of one token in one rank's retrieval layers.
         kv_heads: KV heads of one rank. ranks: tensor-parallel size.
+        index_bytes_per_segment: index of one segment in one rank's retrieval layers; part of host_memory_gb.
         spoken_for: host bytes that vLLM itself is about to take (its KV cache on CPU).
 
     Raises:
@@ -196,7 +219,8 @@ def resolve(
             "lower host_memory_gb or free memory on the host"
         )
     page_bytes = bytes_per_token * config.page_tokens
-    pages = 0 if config.index == "none" else int(host_memory_gb * GB / ranks) // page_bytes
+    with_index = page_bytes + index_bytes_per_segment * config.page_tokens / config.segment_tokens
+    pages = 0 if config.index == "none" else int(host_memory_gb * GB / ranks / with_index)
     if config.index != "none" and pages < 1:
         raise ValueError(
             f"retrieval: host_memory_gb={host_memory_gb:.2f} holds no page of {config.page_tokens} tokens "
@@ -209,6 +233,7 @@ def resolve(
             "threads": config.threads or default_threads(len(cpus), ranks, workers),
             "bytes_per_token": bytes_per_token,
             "host_pages": pages,
+            "index_slabs": pages * config.page_tokens // config.segment_tokens if index_bytes_per_segment else 0,
             "block_size": block_size,
             "ranks": ranks,
             "cpus": cpus,

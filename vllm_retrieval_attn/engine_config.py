@@ -155,8 +155,16 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
             wanted = requests * blocks * cache.block_size * per_token
             cache.kv_cache_memory_bytes = min(max(wanted, GB), knobs_module.available_memory() // 4)
         spoken_for = cache.kv_cache_memory_bytes or 0
+    index_bytes = 0
+    if knobs.index == "attention":
+        from vllm_retrieval_attn.index.segment import SegmentShape
+
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        shape = SegmentShape(knobs.segment_tokens, model.get_head_size())
+        index_bytes = shape.bytes * count_full_attention_layers(model, parallel) * model.get_num_kv_heads(parallel)
     return knobs_module.resolve(
         knobs,
+        index_bytes_per_segment=index_bytes,
         bytes_per_token=per_token,
         kv_heads=vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config),
         block_size=cache.block_size,

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.attention.plan import StepPlan, make_plan
+from vllm_retrieval_attn.attention.statistics import QueryStatistics
 from vllm_retrieval_attn.compat import patch_runner
 from vllm_retrieval_attn.index.kernels import DTYPE_CODES
+from vllm_retrieval_attn.index.segment import SegmentShape
 from vllm_retrieval_attn.kvcache.messages import StepMessage
 from vllm_retrieval_attn.kvcache.spec import RetrievalSpec
+from vllm_retrieval_attn.options import SearchOptions, search_options
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.timings import Timings
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from vllm_retrieval_attn.attention.metadata import RetrievalMetadata
     from vllm_retrieval_attn.config import ResolvedConfig
+    from vllm_retrieval_attn.store.segments import RequestStore, Segment
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -59,6 +63,7 @@ class RetrievalWorker:
     Attributes:
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU.
+        indexed: whether sealed segments get an index; statistics: of their requests' queries.
         timings: where decode time goes.
     """
 
@@ -76,6 +81,8 @@ class RetrievalWorker:
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.hosted = config.index != "none"
+        self.indexed = config.index == "attention" and config.index_slabs > 0
+        self._sealing: list[tuple[RequestStore, Segment]] = []
         if self.hosted:
             self._start_host(vllm_config)
         _current = self
@@ -109,7 +116,13 @@ class RetrievalWorker:
             table_pages=min(config.host_pages, -(-max_len // page_tokens)) + 1,
             actors=config.workers,
             threads=config.threads,
+            segment_tokens=config.segment_tokens,
+            slabs=config.index_slabs,
+            slab_bytes=SegmentShape(config.segment_tokens, spec.head_size).bytes if config.index_slabs else 0,
         )
+        self._default_options = search_options(config, None)
+        self._options: dict[str, SearchOptions] = {}
+        self._sealed: list[tuple[Any, list[tuple[RequestStore, Segment]]]] = []
         rank = vllm_config.parallel_config.rank
         self.arena = Arena(layout, spec.dtype, rank, config.segment_tokens, config.poison_freed)
         self.cuda: Any = None
@@ -117,12 +130,15 @@ class RetrievalWorker:
             from vllm_retrieval_attn.attention.cuda import CudaHost
 
             self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
+        if self.indexed:
+            device = self.cuda.device if self.cuda is not None else torch.device("cpu")
+            self.statistics = QueryStatistics(layout, torch.from_numpy(self.arena.views.statistics), device)
+            for slot in range(layout.max_rows):
+                self.statistics.forget(slot)
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
         try:
-            self.pool = ActorPool(
-                config, layout, self.arena.views, self.arena.file.path, layer.impl.scale, self._actors_restarted
-            )
+            self.pool = ActorPool(config, layout, self.arena.views, self.arena.file.path, layer.impl.scale)
         except BaseException:
             self.arena.close()
             raise
@@ -145,8 +161,19 @@ class RetrievalWorker:
         """Take the scheduler's word before the forward pass: release what ended."""
         if self.hosted:
             for request_id, epoch in message.released:
-                self.arena.release(request_id, epoch)
+                self._release(request_id, epoch)
+            self._options.update(message.options)
+            if self.indexed:
+                self._queue_builds()
         self._message = message
+
+    def _release(self, request_id: str, epoch: int) -> None:
+        store = self.arena.requests.get(request_id)
+        if self.indexed and store is not None and store.epoch <= epoch:
+            self.statistics.forget(store.slot)
+        self.arena.release(request_id, epoch)
+        if request_id not in self.arena.requests:
+            self._options.pop(request_id, None)
 
     def layer_number(self, name: str) -> int:
         return self._layer_numbers[name]
@@ -162,7 +189,15 @@ class RetrievalWorker:
                 self._metadata.append(metadata)
             if not self.hosted:
                 return None
-            metadata.plan = make_plan(metadata, self.arena, self._message.admitted, self.config.sink_end)
+            metadata.plan = make_plan(
+                metadata,
+                self.arena,
+                self._message.admitted,
+                self.config.sink_end,
+                lambda request_id: self._options.get(request_id, self._default_options),
+            )
+            if self.indexed and metadata.plan.sealed:
+                self._sealing = metadata.plan.sealed
             if len(metadata.plan.decode_ids) and not self.pool.available():
                 self.fail(metadata.plan, WorkersUnavailable("CPU workers are not back yet"))
         return metadata.plan
@@ -192,6 +227,9 @@ class RetrievalWorker:
             self.cuda.fence_mirror()
 
     def end_step(self) -> None:
+        if self._sealing:
+            self._sealed.append((self.cuda.mirrored() if self.cuda is not None else None, self._sealing))
+            self._sealing = []
         if self.config.poison_freed:
             self._poison_left_blocks()
         self._message = None
@@ -210,11 +248,27 @@ class RetrievalWorker:
                     cache[blocks] = float("nan")
         self._metadata.clear()
 
-    # ---- workers
+    # ---- indexes
 
-    def _actors_restarted(self) -> None:
-        for store in list(self.arena.requests.values()):
-            store.index_lost()
+    def _queue_builds(self) -> None:
+        """Queue the indexes of segments whose rows have arrived in the arena."""
+        while self._sealed and (self._sealed[0][0] is None or self._sealed[0][0].query()):
+            _, sealed = self._sealed.pop(0)
+            for slot in {store.slot for store, segment in sealed if segment.number == 0}:
+                self.statistics.publish(slot)
+            for store, segment in sealed:
+                if self.arena.requests.get(store.request_id) is store:
+                    self.arena.index.add(store, segment)
+        before = self.arena.index.built
+        self.arena.index.poll()
+        if self.arena.index.built > before:
+            left = self.arena.index.seconds_left()
+            logger.debug(
+                "retrieval: %d segments indexed, %d waiting%s",
+                self.arena.index.built,
+                self.arena.index.pending,
+                "" if left is None else f", about {left:.1f} s left",
+            )
 
     def stats(self) -> dict[str, Any]:
         """Counters for benchmarks and tests; ``timings`` start again from zero."""
@@ -228,6 +282,9 @@ class RetrievalWorker:
                 "restarts": self.pool.restarts,
                 "actor_pids": self.pool.pids(),
                 "path": self.arena.file.path,
+                "segments_indexed": self.arena.index.built,
+                "segments_waiting": self.arena.index.pending,
+                "index_bytes": self.arena.index.used_slabs * self.arena.layout.segment_slab_bytes,
             }
         return found
 

@@ -11,7 +11,7 @@ from vllm_retrieval_attn.bench.needles import filler
 LENGTHS = [100, 700, 3000, 7500]
 
 
-def main(out: Path, backend: str, chunk: int, alone: bool) -> None:
+def main(out: Path, backend: str, chunk: int) -> None:
     engine = InProcessEngine(
         str(smollm2()),
         {"host_memory_gb": 3} if backend == "retrieval" else None,
@@ -26,13 +26,13 @@ def main(out: Path, backend: str, chunk: int, alone: bool) -> None:
     )
     ids = engine.llm.get_tokenizer().encode(filler()[:120_000])
     prompts = [ids[10 * n : 10 * n + length] for n, length in enumerate([*LENGTHS, 150, 300, 400, 650])]
-    groups = [[prompt] for prompt in prompts[: len(LENGTHS)]] if alone else [prompts]
-    tokens = [
-        answer.tokens for group in groups for answer in engine.run(group, temperature=0, max_tokens=64, ignore_eos=True)
-    ]
+    greedy = {"temperature": 0, "max_tokens": 64, "ignore_eos": True}
+    tokens = {"together": [answer.tokens for answer in engine.run(prompts, **greedy)]}
+    if backend == "retrieval":
+        tokens["alone"] = [engine.run([prompt], **greedy)[0].tokens for prompt in prompts[: len(LENGTHS)]]
     engine.close()
     out.write_text(json.dumps(tokens))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "alone")
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

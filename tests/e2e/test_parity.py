@@ -18,12 +18,11 @@ def tokens(tmp_path_factory, *arguments):
 @pytest.fixture(scope="module")
 def full_attention(tmp_path_factory):
     """Eight prompts at once: 100, 700, 3,000 and 7,500 tokens, and four shorter ones; 64 tokens each."""
-    return tokens(tmp_path_factory, "CPU_ATTN", "2048", "together")
+    return tokens(tmp_path_factory, "CPU_ATTN", "2048")["together"]
 
 
-def test_eight_at_once_in_chunks_of_2048(full_attention, tmp_path_factory):
-    assert tokens(tmp_path_factory, "retrieval", "2048", "together") == full_attention
-
-
-def test_alone_in_chunks_of_256(full_attention, tmp_path_factory):
-    assert tokens(tmp_path_factory, "retrieval", "256", "alone") == full_attention[:4]
+@pytest.mark.parametrize("chunk", ["256", "2048"])
+def test_eight_at_once_and_alone(full_attention, tmp_path_factory, chunk):
+    got = tokens(tmp_path_factory, "retrieval", chunk)
+    assert got["together"] == full_attention
+    assert got["alone"] == full_attention[:4]

@@ -58,6 +58,7 @@ class Ring:
     def start(self, actor: int, thread: int) -> Lane:
         lane = Lane(self.layout, self.views, actor, thread, self.scale, self.spin_ns)
         lane.start()
+        assert lane.ready.wait(300)
         self.lanes.append(lane)
         return lane
 
@@ -91,10 +92,10 @@ class Ring:
         self.queries[:] = torch.randn(self.queries.shape).to(self.queries.dtype)
         free = random.permutation(lay.pages).tolist()
         slots, places = random.permutation(lay.max_rows), random.permutation(lay.max_rows)
-        message = np.empty((len(tokens), ROW_FIELDS), np.int64)
+        message = np.zeros((len(tokens), ROW_FIELDS), np.int64)
         stored = []
         for row, count in enumerate(tokens):
-            message[row] = slots[row], count, places[row]
+            message[row, :3] = slots[row], count, places[row]
             kv = torch.randn(lay.kv_heads, 2, count, lay.dim).to(self.pages.dtype)
             for number in range(lay.page_tokens_owned(count)):
                 page = free.pop()

@@ -103,7 +103,7 @@ def test_index_none_takes_no_host_memory_and_has_no_longest_request():
 
 @given(st.integers(1, 400).map(lambda n: 64 * n))
 def test_a_page_divides_a_segment_and_is_whole_tiles(segment_tokens):
-    page = RetrievalConfig(segment_tokens=segment_tokens).page_tokens
+    page = RetrievalConfig(segment_tokens=segment_tokens, index="flat").page_tokens
     assert segment_tokens % page == 0
     assert page % 64 == 0
     assert page <= 1024
@@ -114,6 +114,22 @@ def test_pages_of_all_ranks_fit_the_host_memory(ranks):
     resolved = resolve(RetrievalConfig(host_memory_gb=1.5), **{**MODEL, "ranks": ranks})
     page = 1000 * resolved.page_tokens
     assert resolved.host_pages * page * ranks <= 1.5e9 < (resolved.host_pages + 1) * page * ranks
+
+
+def test_indexes_are_part_of_the_host_memory():
+    knobs = RetrievalConfig(host_memory_gb=1.5)
+    without, indexed = resolve(knobs, **MODEL), resolve(knobs, **MODEL, index_bytes_per_segment=1_200_000)
+    page = 1000 * indexed.page_tokens
+    assert without.index_slabs == 0
+    assert 0.85 < indexed.host_pages / without.host_pages < 0.9
+    assert indexed.index_slabs == indexed.host_pages * indexed.page_tokens // 8192
+    assert indexed.host_pages * page + indexed.index_slabs * 1_200_000 <= 1.5e9
+
+
+@pytest.mark.parametrize("tokens", [64, 8192 + 64, 65536])
+def test_a_segment_that_the_index_can_not_have_is_refused(tokens):
+    assert "a multiple of 256 below 65536" in refusal(lambda: parse({config.KEY: {"segment_tokens": tokens}}))
+    assert parse({config.KEY: {"segment_tokens": tokens, "index": "flat"}}).segment_tokens == tokens
 
 
 def test_default_host_memory_leaves_a_reserve():
@@ -135,7 +151,9 @@ def test_default_threads_never_oversubscribe_a_machine_with_enough_cores(cpus, r
 
 
 def test_knobs_survive_resolution_and_json():
-    knobs = RetrievalConfig(sink_tokens=7, window_tokens=99, segment_tokens=640, host_memory_gb=1, threads=3)
+    knobs = RetrievalConfig(
+        sink_tokens=7, window_tokens=99, segment_tokens=640, host_memory_gb=1, threads=3, index="flat"
+    )
     resolved = resolve(knobs, **MODEL)
     assert {name: getattr(resolved, name) for name in RetrievalConfig.model_fields} == {
         **knobs.model_dump(),

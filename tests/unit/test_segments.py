@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vllm_retrieval_attn.store.segments import RequestStore, Segment, SegmentState
 
 OPEN, SEALED, INDEXED = SegmentState.OPEN, SegmentState.SEALED, SegmentState.INDEXED
-LEGAL = {(OPEN, SEALED), (SEALED, INDEXED), (INDEXED, SEALED)}
+LEGAL = {(OPEN, SEALED), (SEALED, INDEXED)}
 
 
 @pytest.mark.parametrize("state", SegmentState)
@@ -54,11 +54,11 @@ def test_writing_keeps_indexed_segments_indexed():
     assert [segment.state for segment in store.segments] == [INDEXED, INDEXED, SEALED]
 
 
-def test_a_lost_index_leaves_sealed_segments_and_others_as_they_are():
+def test_only_leading_indexed_segments_within_the_host_tokens_count():
     store = RequestStore("r", 1, 0, 64)
-    store.written(200)
-    store.segments[0].move(INDEXED)
-    store.index_lost()
-    assert [segment.state for segment in store.segments] == [SEALED, SEALED, SEALED, OPEN]
-    store.segments[0].move(INDEXED)
-    assert store.segments[0].state is INDEXED
+    store.written(300)
+    for number in (0, 1, 3):
+        store.segments[number].move(INDEXED)
+    assert [store.indexed(tokens) for tokens in (0, 63, 64, 127, 128, 300)] == [0, 0, 1, 1, 2, 2]
+    store.segments[2].move(INDEXED)
+    assert [store.indexed(tokens) for tokens in (191, 192, 255, 256, 300)] == [2, 3, 3, 4, 4]

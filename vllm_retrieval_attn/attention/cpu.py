@@ -105,6 +105,8 @@ class CpuLayer:
                 if row in streamed:
                     assert worker is not None
                     out, lse = self._stream(worker, layer, q, streamed[row], out, lse)
+                if plan is not None and worker is not None and worker.indexed and row in plan.chunks:
+                    worker.statistics.update(plan.chunks[row].slot, layer, q, lse)
             output[first:last] = out.to(output.dtype)
         if searched:
             assert plan is not None

@@ -76,6 +76,12 @@ class CudaHost:
         """Nothing later on the main stream may overwrite pages before their copy is done."""
         torch.cuda.current_stream().wait_event(self.mirror_done)
 
+    def mirrored(self) -> Any:
+        """An event that is reached once all copies to the arena issued so far are done."""
+        event = torch.cuda.Event()
+        event.record(self.mirror_stream)
+        return event
+
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
         self.pinner.close()
@@ -127,6 +133,7 @@ class CudaLayer:
                 worker.arena.queries[:decoding].copy_(rows, non_blocking=True)
                 host.queries_out.record()
         streaming = plan.prefill if plan is not None else []
+        chunks = plan.chunks if plan is not None and worker is not None and worker.indexed else {}
         result = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -139,16 +146,19 @@ class CudaLayer:
             softmax_scale=self._scale,
             causal=True,
             block_table=metadata.resident_table,
-            return_softmax_lse=search or bool(streaming),
+            return_softmax_lse=search or bool(streaming) or bool(chunks),
             fa_version=self._version,
         )
-        if not (search or streaming):
+        if not (search or streaming or chunks):
             return
         lse = result[1]
         assert worker is not None
         assert plan is not None
         for item in streaming:
-            self._stream(worker, layer, query, item, output, lse)
+            lse[:, item.first : item.last] = self._stream(worker, layer, query, item, output, lse)
+        for row, store in chunks.items():
+            first, last = int(metadata.query_start[row]), int(metadata.query_start[row + 1])
+            worker.statistics.update(store.slot, layer, query[first:last], lse[:, first:last].T)
         if search:
             self._search(worker, layer, plan, begin, output, lse)
 
@@ -211,8 +221,8 @@ class CudaLayer:
         item: "PrefillRow",
         output: torch.Tensor,
         lse: torch.Tensor,
-    ) -> None:
-        """Exact attention of a prefill chunk over its host tokens, streamed through two buffers."""
+    ) -> torch.Tensor:
+        """Exact attention of a prefill chunk over its host tokens, streamed through two buffers; returns its LSE."""
         host, arena = worker.cuda, worker.arena
         page_tokens = arena.layout.page_tokens
         q = query[item.first : item.last]
@@ -256,3 +266,4 @@ class CudaLayer:
             host.stage_free[buffer].record()
             merge_in_place(running, running_lse, part, part_lse)
         output[item.first : item.last] = running.to(output.dtype)
+        return running_lse

@@ -71,20 +71,29 @@ class Question:
 
 
 def planted_document(
-    tokenizer: Any, length: int, count: int, seed: int = 0
+    tokenizer: Any, length: int, count: int, seed: int = 0, text: str | None = None, tail: int = 0
 ) -> tuple[list[int], list[tuple[str, str, int]]]:
     """A document of about ``length`` tokens with ``count`` planted facts.
 
+    Args:
+        text: what to plant them in, from its begin; None for ``filler()``, from some place.
+        tail: tokens of the text to add at the end, without facts.
+
     Returns:
         Its token ids, and (key, number, position) of each fact.
+
+    Raises:
+        ValueError: ``text`` is too short.
     """
     rng = random.Random(seed)
     keys = rng.sample([f"{a}-{b}" for a in _FIRST for b in _SECOND], count)
-    ids = tokenizer.encode(filler(), add_special_tokens=False)
-    start = rng.randrange(max(1, len(ids) - length))
-    ids = (ids + ids)[start : start + length]
+    ids = tokenizer.encode(filler() if text is None else text, add_special_tokens=False)
+    if text is not None and len(ids) < length + tail:
+        raise ValueError(f"the text is too short: it has {len(ids)} tokens, {length + tail} are needed")
+    start = rng.randrange(max(1, len(ids) - length)) if text is None else 0
+    ids = (ids + ids)[start : start + length + tail]
     facts = []
-    document: list[int] = []
+    document: list[int] = [] if keys else ids[:length]
     for number, key in enumerate(keys):
         value = str(rng.randrange(1_000_000, 10_000_000))
         sentence = tokenizer.encode(
@@ -95,20 +104,21 @@ def planted_document(
         document += ids[begin:middle]
         facts.append((key, value, len(document)))
         document += sentence + ids[middle + len(sentence) : end]
-    return document[:length], facts
+    return document[:length] + ids[length:], facts
+
+
+def question(tokenizer: Any, key: str) -> list[int]:
+    """Token ids of the question for one fact, to follow the document."""
+    ids: list[int] = tokenizer.encode(
+        f"\n\nQuestion: What is the special magic number for {key}?\nAnswer:", add_special_tokens=False
+    )
+    return ids
 
 
 def questions(tokenizer: Any, length: int, count: int, seed: int = 0) -> list[Question]:
     """``count`` questions over one planted document; prompts are ``length`` tokens or a little less."""
-    asked = []
-    suffixes = {}
     document, facts = planted_document(tokenizer, length - 40, count, seed)
-    for key, number, position in facts:
-        suffixes[key] = tokenizer.encode(
-            f"\n\nQuestion: What is the special magic number for {key}?\nAnswer:", add_special_tokens=False
-        )
-        asked.append(Question(key, number, position, document + suffixes[key]))
-    return asked
+    return [Question(key, number, position, document + question(tokenizer, key)) for key, number, position in facts]
 
 
 def main() -> None:

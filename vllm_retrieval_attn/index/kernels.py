@@ -81,6 +81,100 @@ def exp_in_place(x: Any, n: int, bits: Any, scale: Any) -> None:
 
 
 @jit
+def score_tile(m: int, q: Any, rows: Any, scores: Any) -> None:
+    """``scores[i, t] = q[i] . rows[t]`` for t < m; rows from m up to the next multiple of 4 are overwritten by
+    zeros."""
+    g, dim = q.shape
+    # Four keys at a time: their sums are independent, and a query element is read once for all four.
+    for t in range(m, (m + 3) // 4 * 4):
+        for j in range(dim):
+            rows[t, j] = 0.0
+    for t in range(0, m, 4):
+        k0, k1, k2, k3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
+        for i in range(g):
+            qi = q[i]
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            for j in range(dim):
+                x = qi[j]
+                s0 += x * k0[j]
+                s1 += x * k1[j]
+                s2 += x * k2[j]
+                s3 += x * k3[j]
+            scores[i, t] = s0
+            scores[i, t + 1] = s1
+            scores[i, t + 2] = s2
+            scores[i, t + 3] = s3
+
+
+@jit
+def fold_tile(m: int, rows: Any, scores: Any, acc: Any, top: Any, total: Any, exp_bits: Any, exp_scale: Any) -> None:
+    """Fold the values ``rows[:m]`` with ``scores`` (g, m) into the running softmax; both are overwritten."""
+    g, dim = acc.shape
+    for i in range(g):
+        best = top[i]
+        for t in range(m):
+            best = max(best, scores[i, t])
+        if best > top[i]:
+            if total[i] > 0:
+                shrink = np.exp(top[i] - best)
+                total[i] *= shrink
+                for j in range(dim):
+                    acc[i, j] *= shrink
+            top[i] = best
+        for t in range(m):
+            scores[i, t] -= best
+        exp_in_place(scores[i], m, exp_bits, exp_scale)
+        s = np.float32(0.0)
+        for t in range(m):
+            s += scores[i, t]
+        total[i] += s
+        for t in range(m, (m + 3) // 4 * 4):
+            scores[i, t] = 0.0
+    for t in range(m, (m + 3) // 4 * 4):
+        for j in range(dim):
+            rows[t, j] = 0.0
+    for t in range(0, m, 4):
+        v0, v1, v2, v3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
+        for i in range(g):
+            w0, w1, w2, w3 = scores[i, t], scores[i, t + 1], scores[i, t + 2], scores[i, t + 3]
+            out = acc[i]
+            for j in range(dim):
+                out[j] += w0 * v0[j] + w1 * v1[j] + w2 * v2[j] + w3 * v3[j]
+
+
+@jit
+def attend_picked(
+    mem16: Any,
+    mem32: Any,
+    dtype: int,
+    starts: Any,
+    value_delta: int,
+    n: int,
+    q: Any,
+    acc: Any,
+    top: Any,
+    total: Any,
+    rows: Any,
+    rows_bits: Any,
+    scores: Any,
+    exp_bits: Any,
+    exp_scale: Any,
+) -> None:
+    """Fold ``n <= TILE`` single rows into the running softmax of ``g`` queries.
+
+    ``starts[t]`` is the element where key t begins, ``value_delta`` elements later begins its value; the other
+    arguments are those of :func:`attend_rows`.
+    """
+    dim = q.shape[1]
+    for t in range(n):
+        load_rows(mem16, mem32, dtype, starts[t], 1, dim, rows[t : t + 1], rows_bits[t : t + 1])
+    score_tile(n, q, rows, scores)
+    for t in range(n):
+        load_rows(mem16, mem32, dtype, starts[t] + value_delta, 1, dim, rows[t : t + 1], rows_bits[t : t + 1])
+    fold_tile(n, rows, scores, acc, top, total, exp_bits, exp_scale)
+
+
+@jit
 def attend_rows(
     mem16: Any,
     mem32: Any,
@@ -110,61 +204,14 @@ def attend_rows(
         rows, rows_bits: (TILE, d) float32 scratch and its uint32 view.
         scores, exp_bits, exp_scale: (g, TILE) float32, (TILE,) int32 and its float32 view.
     """
-    g, dim = q.shape
+    dim = q.shape[1]
     done = 0
     while done < n:
         m = min(TILE, n - done)
         load_rows(mem16, mem32, dtype, k_start + done * dim, m, dim, rows, rows_bits)
-        # Four keys at a time: their sums are independent, and a query element is read once for all four.
-        for t in range(m, (m + 3) // 4 * 4):
-            for j in range(dim):
-                rows[t, j] = 0.0
-        for t in range(0, m, 4):
-            k0, k1, k2, k3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
-            for i in range(g):
-                qi = q[i]
-                s0 = s1 = s2 = s3 = np.float32(0.0)
-                for j in range(dim):
-                    x = qi[j]
-                    s0 += x * k0[j]
-                    s1 += x * k1[j]
-                    s2 += x * k2[j]
-                    s3 += x * k3[j]
-                scores[i, t] = s0
-                scores[i, t + 1] = s1
-                scores[i, t + 2] = s2
-                scores[i, t + 3] = s3
+        score_tile(m, q, rows, scores)
         load_rows(mem16, mem32, dtype, v_start + done * dim, m, dim, rows, rows_bits)
-        for i in range(g):
-            best = top[i]
-            for t in range(m):
-                best = max(best, scores[i, t])
-            if best > top[i]:
-                if total[i] > 0:
-                    shrink = np.exp(top[i] - best)
-                    total[i] *= shrink
-                    for j in range(dim):
-                        acc[i, j] *= shrink
-                top[i] = best
-            for t in range(m):
-                scores[i, t] -= best
-            exp_in_place(scores[i], m, exp_bits, exp_scale)
-            s = np.float32(0.0)
-            for t in range(m):
-                s += scores[i, t]
-            total[i] += s
-            for t in range(m, (m + 3) // 4 * 4):
-                scores[i, t] = 0.0
-        for t in range(m, (m + 3) // 4 * 4):
-            for j in range(dim):
-                rows[t, j] = 0.0
-        for t in range(0, m, 4):
-            v0, v1, v2, v3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
-            for i in range(g):
-                w0, w1, w2, w3 = scores[i, t], scores[i, t + 1], scores[i, t + 2], scores[i, t + 3]
-                out = acc[i]
-                for j in range(dim):
-                    out[j] += w0 * v0[j] + w1 * v1[j] + w2 * v2[j] + w3 * v3[j]
+        fold_tile(m, rows, scores, acc, top, total, exp_bits, exp_scale)
         done += m
 
 

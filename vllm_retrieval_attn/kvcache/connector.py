@@ -18,6 +18,7 @@ from vllm_retrieval_attn.kvcache.ledger import HostLedger
 from vllm_retrieval_attn.kvcache.manager import RetrievalManager
 from vllm_retrieval_attn.kvcache.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.kvcache.spec import RetrievalSpec
+from vllm_retrieval_attn.options import SearchOptions, search_options
 from vllm_retrieval_attn.ownership import window_start
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             config.host_pages, config.page_tokens, config.sink_end, config.window_tokens, config.block_size
         )
         self._epochs: dict[str, int] = {}
+        self._options: dict[str, SearchOptions] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = RetrievalWorker(vllm_config, config, kv_cache_config)
 
@@ -82,9 +84,14 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
         self._epochs[request.request_id] = self._epochs.get(request.request_id, 0) + 1
+        params = request.sampling_params
+        options = search_options(self._config, params.extra_args if params is not None else None)
+        if options != search_options(self._config, None):
+            self._options[request.request_id] = options
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        message = StepMessage()
+        message = StepMessage(options=self._options)
+        self._options = {}
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.store.indexing import IndexQueue
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.segments import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
@@ -32,6 +33,7 @@ class Arena:
     Attributes:
         pages: (pages, layers, kv_heads, 2, page_tokens, dim) tensor over the shared file.
         queries: (max_rows, heads, dim) tensor over the shared file.
+        index: which segments are indexed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Arena:
         self._free = list(range(layout.pages - 1, -1, -1))  # low numbers first: memory is touched late
         self._slots = list(range(layout.max_rows - 1, -1, -1))
         self.requests: dict[str, RequestStore] = {}
+        self.index = IndexQueue(layout, self.views)
 
     @property
     def used_pages(self) -> int:
@@ -105,6 +108,7 @@ class Arena:
         if store is None or store.epoch > epoch:
             return
         del self.requests[request_id]
+        self.index.release(store)
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)
             for page in store.pages:

@@ -1,8 +1,8 @@
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
-The file is ``[words | tables | numbers | queries | partials | pages ...]``. Sizes depend only on
-the fields of :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both
-sides compute the same offsets.
+The file is ``[words | tables | numbers | jobs | queries | partials | statistics | turns | slabs | pages ...]``. Sizes
+depend only on the fields of :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both sides
+compute the same offsets.
 """
 
 from dataclasses import dataclass
@@ -16,22 +16,38 @@ WORD_SEQ = 0
 WORD_STOP = 1
 """1: actors leave their loops."""
 WORD_CLIENT_PID = 2
-FIXED_WORDS = 3
+WORD_JOBS = 3
+"""Number of index builds ever queued."""
+FIXED_WORDS = 4
 
-# per lane: done, sleeping, client waits for it; per actor: pid
+# per lane: done, sleeping, client waits for it; per actor: pid, builds done, slab it writes to (-1: none)
 LANE_DONE, LANE_SLEEPING, LANE_AWAITED = 0, 1, 2
 LANE_WORDS = 3
+ACTOR_PID, ACTOR_JOBS, ACTOR_SLAB = 0, 1, 2
+ACTOR_WORDS = 3
 
 # int64 numbers of the request message
 MSG_LAYER, MSG_ROWS = 0, 1
 MSG_HEADER = 2
-ROW_TABLE, ROW_TOKENS, ROW_Q = 0, 1, 2
-"""A row of the message: its page table, its host tokens, its row in the queries."""
-ROW_FIELDS = 3
+ROW_TABLE, ROW_TOKENS, ROW_Q, ROW_INDEXED, ROW_BUDGET, ROW_RERANK, ROW_TAIL = range(7)
+"""A row of the message: its page table, its host tokens, its row in the queries; how many leading segments to search by
+their index, and how: millionths of the keys to scan (0: as calibrated), keys to re-rank, whether to estimate the
+tail."""
+ROW_FIELDS = 7
 
-# int64 numbers per lane: nanoseconds of the last search, keys it scored
-STAT_NS, STAT_KEYS = 0, 1
-STAT_FIELDS = 2
+# int64 numbers per lane: nanoseconds of the last search, keys scored by code, keys read exactly
+STAT_NS, STAT_CODES, STAT_KEYS = 0, 1, 2
+STAT_FIELDS = 3
+
+JOB_GENERATION, JOB_TABLE, JOB_SEGMENT, JOB_SLAB, JOB_TURN = range(5)
+"""An index build: generation of the slab (a build of an older one is dropped), page table, segment number, slab, and
+the request's statistics and transform (one a page table)."""
+JOB_FIELDS = 5
+JOBS = 4096
+"""Builds that may wait."""
+
+SAMPLES = 16
+"""Sampled prompt queries kept for each query head, to calibrate with."""
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -51,6 +67,8 @@ class Layout:
         max_rows: rows of a message, also the number of page tables.
         table_pages: pages that one request may own.
         actors, threads: Ray actors of this rank and search threads in each.
+        segment_tokens: tokens of an indexed segment. slabs: segments that may be indexed, 0 without an index.
+        slab_bytes: of one layer and KV head (index/segment.py).
     """
 
     layers: int
@@ -65,6 +83,9 @@ class Layout:
     table_pages: int
     actors: int
     threads: int
+    segment_tokens: int = 8192
+    slabs: int = 0
+    slab_bytes: int = 0
 
     @property
     def group(self) -> int:
@@ -77,23 +98,38 @@ class Layout:
 
     @property
     def words(self) -> int:
-        return FIXED_WORDS + self.lanes * LANE_WORDS + self.actors
+        return FIXED_WORDS + self.lanes * LANE_WORDS + self.actors * ACTOR_WORDS
 
     @property
     def tables_offset(self) -> int:
         return _round_up(self.words * _LINE, _ALIGN)
 
     @property
-    def numbers_offset(self) -> int:
+    def table_segments(self) -> int:
+        """Segments that one request may own."""
+        return self.table_pages * self.page_tokens // self.segment_tokens + 1
+
+    @property
+    def slab_tables_offset(self) -> int:
         return _round_up(self.tables_offset + self.max_rows * self.table_pages * 8, _ALIGN)
+
+    @property
+    def numbers_offset(self) -> int:
+        return _round_up(self.slab_tables_offset + self.max_rows * self.table_segments * 8, _ALIGN)
 
     @property
     def numbers(self) -> int:
         return MSG_HEADER + self.max_rows * ROW_FIELDS + self.lanes * STAT_FIELDS
 
     @property
-    def queries_offset(self) -> int:
+    def jobs_offset(self) -> int:
+        """Queued builds, then for each slab its generation and, for each actor, the generation last built."""
         return _round_up(self.numbers_offset + self.numbers * 8, _ALIGN)
+
+    @property
+    def queries_offset(self) -> int:
+        numbers = (JOBS * JOB_FIELDS if self.slabs else 0) + self.slabs * (1 + self.actors)
+        return _round_up(self.jobs_offset + numbers * 8, _ALIGN)
 
     @property
     def partials_offset(self) -> int:
@@ -115,9 +151,38 @@ class Layout:
         return self.group * (self.dim + 1)
 
     @property
-    def pages_offset(self) -> int:
+    def head_statistics(self) -> int:
+        """float32 of a KV head's query statistics: second moment, sampled queries, their log-sum-exps, their count."""
+        return self.dim * self.dim + self.group * SAMPLES * (self.dim + 1) + 16
+
+    @property
+    def statistics_offset(self) -> int:
         partials = self.actors * self.actor_partials * self.partial_floats * 4
-        return _round_up(self.partials_offset + partials, 2 << 20)
+        return _round_up(self.partials_offset + partials, _ALIGN)
+
+    @property
+    def turn_bytes(self) -> int:
+        """Bytes of one head's query transform, (d, d) bfloat16."""
+        return self.dim * self.dim * 2
+
+    @property
+    def turns_offset(self) -> int:
+        rows = self.max_rows if self.slabs else 0
+        return _round_up(self.statistics_offset + rows * self.layers * self.kv_heads * self.head_statistics * 4, _ALIGN)
+
+    @property
+    def slabs_offset(self) -> int:
+        rows = self.max_rows if self.slabs else 0
+        return _round_up(self.turns_offset + rows * self.layers * self.kv_heads * self.turn_bytes, _ALIGN)
+
+    @property
+    def pages_offset(self) -> int:
+        return _round_up(self.slabs_offset + self.slabs * self.segment_slab_bytes, 2 << 20)
+
+    @property
+    def segment_slab_bytes(self) -> int:
+        """Bytes of a segment's index, all layers and KV heads."""
+        return self.layers * self.kv_heads * self.slab_bytes
 
     @property
     def head_elements(self) -> int:

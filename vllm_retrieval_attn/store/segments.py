@@ -15,7 +15,6 @@ class SegmentState(Enum):
 _NEXT = {
     (SegmentState.OPEN, SegmentState.SEALED),
     (SegmentState.SEALED, SegmentState.INDEXED),
-    (SegmentState.INDEXED, SegmentState.SEALED),  # the index was lost with its worker; the rows are not
 }
 
 
@@ -43,6 +42,7 @@ class RequestStore:
         pages: page numbers, in token order.
         tokens: host tokens written so far, counted from the end of the sink region.
         segments: the last one may be open.
+        slabs: segment number -> slab of its index, built or not.
     """
 
     request_id: str
@@ -52,6 +52,7 @@ class RequestStore:
     pages: list[int] = field(default_factory=list)
     tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
+    slabs: dict[int, int] = field(default_factory=dict)
 
     def written(self, tokens: int) -> list[Segment]:
         """Record that host tokens ``[0, tokens)`` are written; returns the segments this sealed."""
@@ -68,8 +69,11 @@ class RequestStore:
                 sealed.append(segment)
         return sealed
 
-    def index_lost(self) -> None:
-        """The workers that held the indexes are gone: back to exact scans."""
-        for segment in self.segments:
-            if segment.state is SegmentState.INDEXED:
-                segment.move(SegmentState.SEALED)
+    def indexed(self, host_tokens: int) -> int:
+        """Leading segments that are indexed and lie within host tokens ``[0, host_tokens)``."""
+        count = 0
+        for segment in self.segments[: host_tokens // self.segment_tokens]:
+            if segment.state is not SegmentState.INDEXED:
+                break
+            count += 1
+        return count

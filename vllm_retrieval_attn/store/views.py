@@ -6,7 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
+    ACTOR_PID,
+    ACTOR_WORDS,
     FIXED_WORDS,
+    JOB_FIELDS,
+    JOBS,
     LANE_WORDS,
     MSG_HEADER,
     ROW_FIELDS,
@@ -27,6 +31,10 @@ class Views:
         queries16, queries32: the query area as uint16 and as float32.
         partials: (actors, actor_partials, partial_floats) float32.
         pages16, pages32: all pages as uint16 and as float32 elements.
+        slab_tables: (max_rows, table_segments) int64 byte offset in ``index8`` of each indexed segment's slab.
+        jobs: (JOBS, JOB_FIELDS) int64 builds, a ring. generations: (slabs,) int64. built: (slabs, actors) int64.
+        statistics: (max_rows, layers, kv_heads, head_statistics) float32 of prompt queries.
+        index8, index16, index32, index64: transforms and slabs, as int8, uint16, float32 and float64.
     """
 
     def __init__(self, layout: Layout, buffer: Any) -> None:
@@ -36,6 +44,8 @@ class Views:
         self.words: Array = words[::line]
         tables = raw[layout.tables_offset :][: layout.max_rows * layout.table_pages * 8]
         self.tables: Array = tables.view(np.int64).reshape(layout.max_rows, layout.table_pages)
+        slab_tables = raw[layout.slab_tables_offset :][: layout.max_rows * layout.table_segments * 8]
+        self.slab_tables: Array = slab_tables.view(np.int64).reshape(layout.max_rows, layout.table_segments)
         numbers = raw[layout.numbers_offset :][: layout.numbers * 8].view(np.int64)
         self.header: Array = numbers[:MSG_HEADER]
         rows_end = MSG_HEADER + layout.max_rows * ROW_FIELDS
@@ -50,6 +60,21 @@ class Views:
         self.partials: Array = partials.view(np.float32).reshape(
             layout.actors, layout.actor_partials, layout.partial_floats
         )
+        jobs = raw[layout.jobs_offset : layout.queries_offset].view(np.int64)
+        queue = JOBS * JOB_FIELDS if layout.slabs else 0
+        self.jobs: Array = jobs[:queue].reshape(-1, JOB_FIELDS)
+        self.generations: Array = jobs[queue : queue + layout.slabs]
+        built = jobs[queue + layout.slabs :][: layout.slabs * layout.actors]
+        self.built: Array = built.reshape(layout.slabs, layout.actors)
+        statistics = raw[layout.statistics_offset : layout.turns_offset].view(np.float32)
+        rows = layout.max_rows if layout.slabs else 0
+        shape = (rows, layout.layers, layout.kv_heads, layout.head_statistics)
+        self.statistics: Array = statistics[: int(np.prod(shape))].reshape(shape)
+        index = raw[layout.turns_offset : layout.pages_offset]
+        self.index8: Array = index.view(np.int8)
+        self.index16: Array = index.view(np.uint16)
+        self.index32: Array = index.view(np.float32)
+        self.index64: Array = index.view(np.float64)
         pages = raw[layout.pages_offset : layout.file_bytes]
         self.pages: Array = pages
         self.pages16: Array = pages.view(np.uint16)
@@ -61,6 +86,6 @@ class Views:
         """Index into ``words`` of a lane's word."""
         return self._lane_base + lane * LANE_WORDS + which
 
-    def actor_word(self, actor: int) -> int:
-        """Index into ``words`` of an actor's process id (0: not attached)."""
-        return self._actor_base + actor
+    def actor_word(self, actor: int, which: int = ACTOR_PID) -> int:
+        """Index into ``words`` of an actor's word; ACTOR_PID is 0 while it is not attached."""
+        return self._actor_base + actor * ACTOR_WORDS + which

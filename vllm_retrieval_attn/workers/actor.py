@@ -18,15 +18,27 @@ class SearchActor:
         path: shared file of the rank. layout: its shape. actor: which share.
         scale: softmax scale. spin_ns: see workers/lane.py.
         cpus: CPU numbers to run on; a vLLM CPU worker may have bound itself, and so its children.
+        share: see workers/builder.py.
     """
 
-    def __init__(self, path: str, layout: Layout, actor: int, scale: float, spin_ns: int, cpus: list[int]) -> None:
+    def __init__(
+        self, path: str, layout: Layout, actor: int, scale: float, spin_ns: int, cpus: list[int], share: float
+    ) -> None:
         os.sched_setaffinity(0, cpus)
         self._file = SharedFile.attach(path)
         self._views = Views(layout, self._file.map)
         self._lanes = [Lane(layout, self._views, actor, t, scale, spin_ns) for t in range(layout.threads)]
         for lane in self._lanes:
             lane.start()
+        for lane in self._lanes:
+            lane.ready.wait()  # the first start on a machine compiles for a minute
+            if lane.error is not None:
+                raise lane.error
+        if layout.slabs:
+            from vllm_retrieval_attn.workers.builder import Builder
+
+            self._builder = Builder(layout, self._views, actor, layout.threads, scale, share)
+            self._builder.start()
         # Last, since the client takes the process for attached from here on.
         self._views.words[self._views.actor_word(actor)] = os.getpid()
 

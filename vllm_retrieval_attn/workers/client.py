@@ -10,6 +10,7 @@ import numpy.typing as npt
 from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
     MSG_ROWS,
+    STAT_CODES,
     STAT_KEYS,
     STAT_NS,
     WORD_SEQ,
@@ -73,8 +74,8 @@ class RingClient:
         while await_lanes(views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
             since = self._revive(since)
         gather_partials(
-            lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, int(views.header[MSG_ROWS]), views.rows,
-            views.partials, out, lse,
+            lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, lay.segment_tokens,
+            int(views.header[MSG_ROWS]), views.rows, views.partials, out, lse,
         )  # fmt: skip
 
     def abandon(self) -> None:
@@ -82,9 +83,9 @@ class RingClient:
         self._views.header[MSG_ROWS] = 0
 
     def search_stats(self) -> tuple[float, int]:
-        """Seconds of the slowest lane and keys scored, of the last message."""
+        """Seconds of the slowest lane and keys scored (by code or exactly), of the last message."""
         stats: Any = self._views.stats
-        return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_KEYS].sum())
+        return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_CODES : STAT_KEYS + 1].sum())
 
     def stop(self) -> None:
         """Tell every lane to leave its loop."""

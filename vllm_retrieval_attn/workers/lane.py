@@ -6,6 +6,8 @@ import time
 import numpy as np
 
 from vllm_retrieval_attn.index.kernels import scratch
+from vllm_retrieval_attn.index.search import MAX_NODES, Scratch, offsets_of
+from vllm_retrieval_attn.index.segment import NODE, SegmentShape
 from vllm_retrieval_attn.store.layout import WORD_CLIENT_PID, WORD_STOP, Layout
 from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
@@ -32,6 +34,8 @@ class Lane(threading.Thread):
         self._layout, self._views = layout, views
         self._actor, self._thread_number = actor, thread
         self._scale, self._spin_ns = scale, spin_ns
+        self.ready = threading.Event()
+        """Set once the lane has looked for a message: compiled and serving."""
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -40,28 +44,38 @@ class Lane(threading.Thread):
         except BaseException as error:
             self.error = error
             raise
+        finally:
+            self.ready.set()
 
     def _serve(self) -> None:
         lay, views = self._layout, self._views
         q = np.empty((lay.group, lay.dim), np.float32)
+        running = (np.empty_like(q), np.empty(lay.group, np.float32), np.empty(lay.group, np.float32))
+        most = min(MAX_NODES, lay.table_segments * lay.segment_tokens // NODE) if lay.slabs else 1
+        at = np.zeros(len(SegmentShape(NODE, 8).offsets) - 1, np.int64)
+        if lay.slabs:
+            at = offsets_of(SegmentShape(lay.segment_tokens, lay.dim))
         work = (
-            q,
-            q.view(np.uint32),
-            np.empty_like(q),
-            np.empty(lay.group, np.float32),
-            np.empty(lay.group, np.float32),
-            *scratch(lay.group, lay.dim),
+            scratch(lay.group, lay.dim),
+            Scratch(lay.group, lay.dim, most).arrays,
+            np.empty(lay.table_segments, np.int64),
+            np.zeros(5, np.int64),
+            np.empty(0, np.int64),
         )
         timeout = np.array(_SLEEP, np.int64)
         client = int(views.words[WORD_CLIENT_PID])
         started = process_start(client)
+        slice_ns = 0
         while started is not None and process_start(client) == started:
             state = serve_lane(
                 views.words, views.words.ctypes.data, views.header, views.rows, views.stats, views.tables,
-                views.queries16, views.queries32, views.pages16, views.pages32, views.partials[self._actor],
-                self._actor, self._thread_number, lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim,
-                lay.layers, lay.page_tokens, lay.dtype_code, np.float32(self._scale), self._spin_ns,
-                time.monotonic_ns() + _SLICE_NS, *work, timeout,
+                views.slab_tables, views.queries16, views.queries32, views.pages16, views.pages32, views.index8,
+                views.index16, views.index32, views.index64, at, views.partials[self._actor], self._actor,
+                self._thread_number, lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, lay.layers,
+                lay.page_tokens, lay.dtype_code, lay.segment_tokens, lay.slab_bytes, np.float32(self._scale),
+                self._spin_ns, time.monotonic_ns() + slice_ns, q, q.view(np.uint32), *running, *work, timeout,
             )  # fmt: skip
+            slice_ns = _SLICE_NS
+            self.ready.set()
             if state == STOPPED or views.words[WORD_STOP]:
                 return

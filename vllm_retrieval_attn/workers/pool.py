@@ -15,7 +15,8 @@ from vllm_retrieval_attn.workers.client import WorkersUnavailable
 
 logger = logging.getLogger("vllm.retrieval")
 
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
+"""The first start on a machine compiles the kernels."""
 _START_TRIES = 3
 _WATCH_S = 0.25
 
@@ -61,14 +62,10 @@ class ActorPool:
 
     Args:
         config: knobs. layout, views, path: the shared file of the rank. scale: softmax scale.
-        on_restart: called after a dead actor came back (its indexes are gone, the arena is not).
     """
 
-    def __init__(
-        self, config: ResolvedConfig, layout: Layout, views: Views, path: str, scale: float, on_restart: Any
-    ) -> None:
+    def __init__(self, config: ResolvedConfig, layout: Layout, views: Views, path: str, scale: float) -> None:
         self._config, self._layout, self._views, self._path, self._scale = config, layout, views, path, scale
-        self._on_restart = on_restart
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._down_since: float | None = None
@@ -107,7 +104,15 @@ class ActorPool:
         handle: Any = (
             ray.remote(SearchActor)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=0)
-            .remote(self._path, self._layout, actor, self._scale, self._config.spin_ns, self._config.cpus)
+            .remote(
+                self._path,
+                self._layout,
+                actor,
+                self._scale,
+                self._config.spin_ns,
+                self._config.cpus,
+                self._config.budget or 0.0,
+            )
         )
         self._actors[actor] = handle
         self._pending[actor] = handle.pid.remote()
@@ -158,7 +163,6 @@ class ActorPool:
                 return False
             if self._down_since is not None:
                 self.restarts += 1
-                self._on_restart()
                 logger.warning("retrieval: CPU workers are back after %.1f s", time.monotonic() - self._down_since)
                 self._down_since = None
             return True

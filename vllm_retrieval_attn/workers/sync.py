@@ -8,6 +8,7 @@ rather than taken through ctypes, so that Numba can cache the callers on disk.
 import platform
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -97,3 +98,9 @@ def futex_wake(typingctx: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@numba.njit(cache=True)
+def full_fence() -> None:
+    """:func:`fence` for Python code."""
+    fence()

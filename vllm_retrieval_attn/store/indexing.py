@@ -1,0 +1,133 @@
+"""Which segments are being indexed and which are: slabs of the shared file, and the queue of builds.
+
+The vLLM worker gives a sealed segment a slab and queues a build; builders (workers/builder.py) write the slab and
+note its generation when done. A slab that is taken back changes its generation, so a build that comes too late is
+dropped; one that a builder is writing at that moment is not given away again until the builder has left it.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_retrieval_attn.store.layout import (
+    ACTOR_JOBS,
+    ACTOR_SLAB,
+    JOBS,
+    WORD_JOBS,
+    Layout,
+)
+from vllm_retrieval_attn.store.segments import RequestStore, Segment, SegmentState
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.sync import full_fence
+
+
+@dataclass
+class Build:
+    """A queued build."""
+
+    store: RequestStore
+    segment: Segment
+    slab: int
+    generation: int
+
+
+class IndexQueue:
+    """Used by the vLLM worker's main thread.
+
+    Attributes:
+        queued, built: builds ever queued and finished. seconds: time from the queue being non-empty to empty, summed.
+    """
+
+    def __init__(self, layout: Layout, views: Views) -> None:
+        self._layout, self._views = layout, views
+        self._free = list(range(layout.slabs - 1, -1, -1))
+        self._generation = 0
+        self._pending: list[Build] = []
+        self._waiting: list[tuple[RequestStore, Segment]] = []
+        self._busy_since = 0.0
+        self._built_then = 0
+        self.queued = self.built = 0
+        views.generations[:] = 0
+        views.built[:] = 0
+        for actor in range(layout.actors):
+            views.words[views.actor_word(actor, ACTOR_SLAB)] = -1
+
+    @property
+    def used_slabs(self) -> int:
+        return self._layout.slabs - len(self._free)
+
+    @property
+    def pending(self) -> int:
+        """Segments that wait for their index."""
+        return len(self._pending) + len(self._waiting)
+
+    def seconds_left(self) -> float | None:
+        """Estimate until all queued builds are done; None before the first has finished."""
+        done = self.built - self._built_then
+        if not self.pending:
+            return 0.0
+        return (time.monotonic() - self._busy_since) / done * self.pending if done else None
+
+    def add(self, store: RequestStore, segment: Segment) -> None:
+        """Index a sealed segment whose rows are complete in the arena."""
+        if not self.pending:
+            self._busy_since, self._built_then = time.monotonic(), self.built
+        self._waiting.append((store, segment))
+        self._submit()
+
+    def _submit(self) -> None:
+        """Queue builds while there are slabs and room; the rest of the segments are scanned exactly meanwhile."""
+        views, words = self._views, self._views.words
+        taken = [int(words[views.actor_word(a, ACTOR_JOBS)]) for a in range(self._layout.actors)]
+        while self._waiting and int(words[WORD_JOBS]) - min(taken) < JOBS - 1:
+            slab = self._take_slab()
+            if slab is None:
+                return
+            store, segment = self._waiting.pop(0)
+            self._generation += 1
+            build = Build(store, segment, slab, self._generation)
+            store.slabs[segment.number] = slab
+            views.generations[slab] = build.generation
+            count = int(words[WORD_JOBS])
+            views.jobs[count % JOBS] = build.generation, store.slot, segment.number, slab, store.slot
+            full_fence()
+            words[WORD_JOBS] = count + 1
+            self._pending.append(build)
+            self.queued += 1
+
+    def _take_slab(self) -> int | None:
+        views = self._views
+        busy = {int(views.words[views.actor_word(a, ACTOR_SLAB)]) for a in range(self._layout.actors)}
+        for place in range(len(self._free) - 1, -1, -1):
+            if self._free[place] not in busy:
+                return self._free.pop(place)
+        return None
+
+    def poll(self) -> None:
+        """Take in finished builds: their segments are searched by index from the next step on."""
+        if not self.pending:
+            return
+        views, lay = self._views, self._layout
+        left = []
+        for build in self._pending:
+            if not (views.built[build.slab] == build.generation).all():
+                left.append(build)
+                continue
+            build.segment.move(SegmentState.INDEXED)
+            offset = lay.slabs_offset - lay.turns_offset + build.slab * lay.segment_slab_bytes
+            views.slab_tables[build.store.slot, build.segment.number] = offset
+            self.built += 1
+        self._pending = left
+        self._submit()
+
+    def release(self, store: RequestStore) -> None:
+        """Take back what a request's segments hold."""
+        self._waiting = [item for item in self._waiting if item[0] is not store]
+        self._pending = [build for build in self._pending if build.store is not store]
+        for slab in store.slabs.values():
+            self._views.generations[slab] = 0
+        full_fence()  # before a later look at which slabs builders write to
+        self._free.extend(store.slabs.values())
+        store.slabs.clear()
+        self._views.slab_tables[store.slot] = np.iinfo(np.int64).min // 2
