@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_retrieval_attn import cli_eval, cli_study
+
 app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True, add_completion=False)
 
 
@@ -51,10 +53,14 @@ def doctor(
         console.print(f"- {line}")
 
 
+cli_eval.register(app)
+cli_study.register(app)
+
+
 @app.command()
 def bench(
     shape: Annotated[str, typer.Option(help="Published shape, with dummy weights.")] = "llama-3-8b",
-    mode: Annotated[str, typer.Option(help="full (vLLM's own backend), flat or none.")] = "flat",
+    mode: Annotated[str, typer.Option(help="full (vLLM's own backend), attention, flat or none.")] = "flat",
     lengths: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "8192,65536,131072",
     tokens: Annotated[int, typer.Option(help="Output tokens.", min=8)] = 24,
     batch: Annotated[int, typer.Option(help="Equal requests at once.", min=1)] = 1,

@@ -250,6 +250,19 @@ class RetrievalWorker:
 
     # ---- indexes
 
+    def wait_for_index(self, timeout_s: float) -> None:
+        """Wait, between steps, until no build is queued: for measurements of the index alone.
+
+        Raises:
+            TimeoutError: builds did not finish.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.indexed and (self._sealed or self.arena.index.pending):
+            self._queue_builds()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"retrieval: {self.arena.index.pending} segments are not indexed yet")
+            time.sleep(0.002)
+
     def _queue_builds(self) -> None:
         """Queue the indexes of segments whose rows have arrived in the arena."""
         while self._sealed and (self._sealed[0][0] is None or self._sealed[0][0].query()):
@@ -282,11 +295,18 @@ class RetrievalWorker:
                 "restarts": self.pool.restarts,
                 "actor_pids": self.pool.pids(),
                 "path": self.arena.file.path,
-                "segments_indexed": self.arena.index.built,
-                "segments_waiting": self.arena.index.pending,
-                "index_bytes": self.arena.index.used_slabs * self.arena.layout.segment_slab_bytes,
+                **self.stats_of_index(),
             }
         return found
+
+    def stats_of_index(self) -> dict[str, int]:
+        """Segments ever indexed, segments that wait, and bytes of the indexes held."""
+        index = self.arena.index
+        return {
+            "segments_indexed": index.built,
+            "segments_waiting": index.pending,
+            "index_bytes": index.used_slabs * self.arena.layout.segment_slab_bytes,
+        }
 
     def close(self) -> None:
         global _current

@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
     },
 }
-MODES = ("full", "flat", "none")
+MODES = ("full", "attention", "flat", "none")
 _SKIP = 4
 """Decode steps left out of the median: the first ones meet cold caches."""
 
@@ -62,7 +62,8 @@ def measure(
     """TTFT, TPOT and the decode breakdown of one mode at each prompt length.
 
     Args:
-        mode: ``full`` (vLLM's own backend on this device), ``flat`` or ``none``.
+        mode: ``full`` (vLLM's own backend on this device) or a kind of index. Segments are indexed before decode is
+            timed; the time this took beyond the prefill is ``index_s``, and part of ``ttft_s``.
         tokens: output tokens. batch: equal requests at once.
         options: for ``vllm.LLM`` and, under ``retrieval``, our knobs.
 
@@ -79,6 +80,7 @@ def measure(
             str(write_shape(shape, Path(folder))),
             {**knobs, "index": mode} if mode != "full" else None,
             backend,
+            settle=True,
             **{
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,
@@ -100,11 +102,12 @@ def measure(
         worker = engine.worker() if mode != "full" else None
         if worker is not None:
             worker.stats()
+        engine.settle_s = 0.0
         begin = time.perf_counter()
         names = [engine.add(_prompt(length, vocabulary, seed), **sampling) for seed in range(batch)]
         stamps: list[float] = []
         counts: dict[str, int] = dict.fromkeys(names, 0)
-        host_bytes = host_tokens = 0
+        host_bytes = host_tokens = index_bytes = 0
         for outputs in engine.steps():
             stamps.append(time.perf_counter() - begin)
             for output in outputs:
@@ -115,6 +118,7 @@ def measure(
             elif worker is not None and worker.hosted:
                 host_bytes = max(host_bytes, worker.arena.used_bytes)
                 host_tokens = max(host_tokens, worker.arena.host_tokens)
+                index_bytes = max(index_bytes, worker.stats_of_index()["index_bytes"])
         engine.drain()
         ttft = stamps[0] if stamps else ttft
         steps = [b - a for a, b in itertools.pairwise(stamps)][_SKIP:]
@@ -125,9 +129,11 @@ def measure(
             "prompt_tokens": length,
             "ttft_s": round(ttft, 3),
             "tpot_ms": round(statistics.median(steps) * 1e3, 3),
+            "index_s": round(engine.settle_s, 3),
             "paged_blocks": max(engine.max_blocks.values()),
             "host_bytes": host_bytes,
             "host_tokens": host_tokens,
+            "index_bytes": index_bytes,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
         if worker is not None:

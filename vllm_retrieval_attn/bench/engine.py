@@ -9,6 +9,8 @@ from typing import Any
 # Read when vLLM is imported: engine core and worker in this process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+_SETTLE_S = 900.0
+
 
 @dataclass
 class Answer:
@@ -31,11 +33,17 @@ class InProcessEngine:
 
     Args:
         model: folder or name. retrieval: our knobs; None serves with ``backend`` instead.
+        settle: after each step wait for the index builds it queued, so that what follows uses the index.
         options: further arguments of ``vllm.LLM``.
     """
 
     def __init__(
-        self, model: str, retrieval: dict[str, Any] | None = None, backend: str = "retrieval", **options: Any
+        self,
+        model: str,
+        retrieval: dict[str, Any] | None = None,
+        backend: str = "retrieval",
+        settle: bool = False,
+        **options: Any,
     ) -> None:
         from vllm import LLM
 
@@ -45,6 +53,8 @@ class InProcessEngine:
         self.engine: Any = self.llm.llm_engine
         self.max_blocks: dict[str, int] = {}
         self._number = 0
+        self._settle = settle and retrieval is not None
+        self.settle_s = 0.0
 
     @property
     def scheduler(self) -> Any:
@@ -82,6 +92,10 @@ class InProcessEngine:
         """Step until nothing is left, yielding each step's outputs; keeps ``max_blocks`` up to date."""
         while self.engine.has_unfinished_requests():
             outputs = self.engine.step()
+            if self._settle:
+                begin = time.perf_counter()
+                self.worker().wait_for_index(_SETTLE_S)
+                self.settle_s += time.perf_counter() - begin
             for request, row in self.held_blocks().items():
                 self.max_blocks[request] = max(self.max_blocks.get(request, 0), *row)
             yield outputs

@@ -128,7 +128,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--mode", choices=("full", "flat", "none"), default="flat")
+    parser.add_argument("--mode", choices=("full", "attention", "flat", "none"), default="attention")
     parser.add_argument("--length", type=int, default=16_000)
     parser.add_argument("--count", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=16)
@@ -148,6 +148,7 @@ def main() -> None:
         args.model,
         knobs if args.mode != "full" else None,
         backend,
+        settle=True,
         max_model_len=args.length + args.tokens + 1,
         **options,
     )

@@ -21,7 +21,7 @@ from vllm_retrieval_attn.index.segment import (
 )
 from vllm_retrieval_attn.index.spaces import balanced
 
-ITERATIONS = 3
+ITERATIONS = 2
 """Rounds of k-means."""
 _TINY = 1e-12
 
@@ -65,17 +65,25 @@ def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> t
     """
     heads, n, dim = points.shape
     centroids = points[:, n // count // 2 :: n // count][:, :count].contiguous()
+    ones = torch.ones(heads, n, device=points.device)
     for _ in range(iterations):
         labels = _nearest(points, centroids)
         sums = torch.zeros_like(centroids).scatter_add_(1, labels[..., None].expand(-1, -1, dim), points)
-        sizes = torch.zeros(heads, count, device=points.device).scatter_add_(1, labels, torch.ones_like(points[..., 0]))
+        sizes = torch.zeros(heads, count, device=points.device).scatter_add_(1, labels, ones)
         centroids = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp_min(1), centroids)
     return _nearest(points, centroids), centroids
 
 
 def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     half = centroids.square().sum(-1)[:, None] / -2
-    return torch.baddbmm(half, points, centroids.mT).argmax(-1)
+    if points.device.type != "cpu":
+        return torch.baddbmm(half, points, centroids.mT).argmax(-1)
+    # Scores of a few hundred points at a time stay in the processor's cache.
+    found = [
+        torch.cat([torch.addmm(h, part, c.T).max(1)[1] for part in rows.split(512)])
+        for h, rows, c in zip(half, points, centroids, strict=True)
+    ]
+    return torch.stack(found)
 
 
 def order_points(points: torch.Tensor, size: int) -> torch.Tensor:

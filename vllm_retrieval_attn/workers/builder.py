@@ -67,7 +67,6 @@ class Builder(threading.Thread):
 
     def run(self) -> None:
         _be_nice()
-        torch.set_num_threads(1)
         words = self._views.words
         done = self._views.actor_word(self._actor, ACTOR_JOBS)
         while not self._stopping.is_set():
@@ -144,5 +143,6 @@ class Builder(threading.Thread):
 
 
 def _be_nice() -> None:
+    torch.set_num_threads(1)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,0 +1,94 @@
+"""The command ``vllm-retrieval index-study``."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_LEGEND = """\
+recall: @100, of the keys attended to exactly; worst: mass of the worst head; error: of the merged output.
+keys, bytes: scored and read, of all keys and of their fp16 bytes. Bytes that the heads of a group share are divided
+among them; alone: they are not. us: a query head, one thread, cold cache. build: ms for 1,000 keys, one thread."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("index-study")(index_study)
+
+
+def index_study(
+    qkv: Annotated[list[Path], typer.Option(help="Captures (.npz, docs/index.md); written first with --capture.")],
+    capture: Annotated[str | None, typer.Option(help="Capture from this model folder or name into --qkv.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to capture over; default: Python's docstrings.")] = None,
+    tokens: Annotated[int, typer.Option(help="Prompt tokens of a capture.", min=64)] = 8_000,
+    layers: Annotated[str | None, typer.Option(help="Layers to capture, comma-separated; default: four.")] = None,
+    kinds: Annotated[str, typer.Option(help="Kinds of index.")] = "flat,ivf,hnsw,roar,attention",
+    budgets: Annotated[str, typer.Option(help="Shares of keys to scan.")] = "0.01,0.02,0.05,0.1,0.2,0.4",
+    queries: Annotated[str, typer.Option(help="decode, or keys (in distribution).")] = "decode",
+    most: Annotated[int, typer.Option(help="Test queries of each head.", min=1)] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a row for each head here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot; default: beside the first capture.")] = None,
+) -> None:
+    """Compare kinds of index on real queries, keys and values: a table, a plot, and rows as JSON."""
+    from vllm_retrieval_attn.bench import capture as capturing
+    from vllm_retrieval_attn.bench.study import plot, study, summary
+
+    # A terminal's width is the user's business; a file or a pipe gets whole lines.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    try:
+        shares = [float(share) for share in budgets.split(",")]
+        if queries not in ("decode", "keys") or not all(0 < share <= 1 for share in shares):
+            raise ValueError("--queries is decode or keys; --budgets are shares above 0, at most 1")
+        with Progress(*columns, console=console) as progress:
+            if capture is not None:
+                task = progress.add_task("capturing", total=None)
+                capturing.capture(
+                    capture,
+                    None if text is None else text.read_text(errors="replace"),
+                    qkv[0],
+                    tokens=tokens,
+                    layers=None if layers is None else capturing.layer_list(layers),
+                    progress=lambda stage, done, total: progress.update(
+                        task, description=f"capturing: {stage}", completed=done, total=total
+                    ),
+                )
+            heads = [head for path in qkv for head in capturing.load(path)]
+            task = progress.add_task("searching", total=len(heads))
+            rows = study(heads, kinds.split(","), shares, queries, most, advance=lambda name: progress.advance(task))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    title = f"{len(heads)} KV heads, {queries} queries; means over heads"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for name in ("kind", "budget", "recall", "p10", "mass", "worst", "error", "keys", "bytes", "alone"):
+        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
+    for name in ("us", "build", "B/key"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in summary(rows):
+        table.add_row(
+            line["kind"],
+            "-" if line["budget"] is None else f"{line['budget']:.0%}",
+            *(f"{line[name]:.3f}" for name in ("recall_mean", "recall_p10", "mass", "mass_worst", "output_error")),
+            *(f"{line[name]:.1%}" for name in ("keys_scanned_share", "bytes_touched_share", "bytes_alone_share")),
+            *(f"{line[name]:.1f}" for name in ("us_per_query", "build_ms_per_1k", "index_bytes_per_key")),
+        )
+    console.print(table)
+    console.print(_LEGEND)
+    png = png or qkv[0].with_suffix(".png")
+    plot(rows, png)
+    console.print(f"plot: {png}")
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
