@@ -64,7 +64,7 @@ def main() -> None:
         *(str(Path(sys.executable).parent / "vllm"), "serve", model, "--attention-backend", "retrieval"),
         *("--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
-        *("--additional-config", '{"retrieval": {"host_memory_gb": 2}}'),
+        *("--additional-config", '{"retrieval": {"host_memory_gb": 2, "segment_tokens": 1024}}'),
     ]
     console.print(f"[bold]$ {' '.join(command[1:])}[/bold]")
     log = Path(tempfile.gettempdir()) / f"retrieval-demo-{os.getpid()}.log"

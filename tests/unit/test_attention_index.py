@@ -156,6 +156,19 @@ def test_appended_rows_are_found_before_and_after_they_fill_a_segment():
     assert index.index_bytes >= 2 * index.shape.bytes
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0])
+def test_a_budget_is_used_up_also_where_all_keys_weigh_the_same(spread):
+    rng = np.random.default_rng(0)
+    keys = (rng.standard_normal(64) + spread * rng.standard_normal((4096, 64))).astype(np.float32)
+    index = ClusteredIndex(0.125, 64, np.float32, segment_tokens=1024, rerank=200)
+    index.build(keys, rng.standard_normal((4096, 64)), np.empty((2, 0, 64), np.float32))
+    queries = rng.standard_normal((2, 64)).astype(np.float32) * 0.01
+    assert 190 <= len(index.attended(queries, 0.2)[0]) <= 210
+    index.take_touched()
+    index.attend(queries, 0.2)
+    assert 0.15 < index.take_touched().keys / 2 / 4096 < 0.3
+
+
 @pytest.fixture(scope="module")
 def real():
     """Real heads with an index over their prompt, and decode queries (t, g, d)."""

@@ -32,7 +32,7 @@ SCORE_TOKENS = 48
 _WHOLE_VOCABULARY = 65_536
 """Up to so many tokens KL is over the whole vocabulary; beyond, over the most likely ``_TOP`` and the rest as one."""
 _TOP = 1024
-_FORCED = "retrieval_forced"
+_FORCED = "force_tokens"
 """Key of the forced tokens in ``SamplingParams.extra_args``."""
 
 

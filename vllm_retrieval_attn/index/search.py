@@ -38,8 +38,7 @@ NODE_REACH = 16.0
 
 BINS = 1024
 _BIN_SCALE = 32.0
-"""Histogram of log weights: 1,024 bins of 1/32, from 31 below the largest possible."""
-_BIN_TOP = 1.0
+"""Histogram of log weights: 1,024 bins of 1/32, down from the largest."""
 
 (
     AT_HEAD,
@@ -114,22 +113,29 @@ def turn_query(
 
 
 @jit
-def cut_weight(weights: Any, sizes: Any, n: int, keep: int, bins: Any) -> float:
-    """A threshold such that the items of ``weights[:n]`` above it have ``sizes`` of at most ``keep`` together.
+def cut_weight(weights: Any, sizes: Any, n: int, keep: int, bins: Any) -> tuple[float, float, int]:
+    """Where to cut ``weights[:n]`` so that the largest, with ``sizes`` of about ``keep`` together, remain.
 
-    To the resolution of a histogram; -inf if all fit.
+    Returns:
+        Two thresholds and a count: what lies at or above the first is kept; of what lies between the second and the
+        first, sizes of ``count`` together (weights may tie, in heads that attend evenly). All -inf if everything fits.
     """
     for b in range(BINS):
         bins[b] = 0
+    top = np.float32(-1e30)
     for i in range(n):
-        b = int((np.float32(_BIN_TOP) - weights[i]) * np.float32(_BIN_SCALE))
+        top = max(top, weights[i])
+    for i in range(n):
+        b = int(min(top - weights[i], np.float32(100.0)) * np.float32(_BIN_SCALE))
         bins[min(max(b, 0), BINS - 1)] += sizes[i]
     count = 0
     for b in range(BINS):
+        if count + bins[b] > keep:
+            upper = top - b / _BIN_SCALE if b > 0 else np.inf
+            lower = top - (b + 1) / _BIN_SCALE if b < BINS - 1 else -np.inf
+            return upper, lower, keep - count
         count += bins[b]
-        if count > keep:
-            return _BIN_TOP - max(b, 1) / _BIN_SCALE
-    return -np.inf
+    return -np.inf, -np.inf, 0
 
 
 @jit
@@ -178,6 +184,7 @@ def attend_nodes(
     node_bonus: Any,
     node_weight: Any,
     node_size: Any,
+    node_kept: Any,
     leaf_scores: Any,
     leaf_weight: Any,
     leaf_size: Any,
@@ -275,13 +282,18 @@ def attend_nodes(
         keys_held += node_size[i]
     keys_allowed = max(LEAF, min(int(allowed + 0.5), keys_held))
     reach = min(keys_held, max(int(keys_allowed * np.float32(NODE_REACH)), 2 * NODE))
-    cut = cut_weight(node_weight, node_size, nodes, reach, bins) if reach < keys_held else -np.inf
+    upper, lower, ties = cut_weight(node_weight, node_size, nodes, reach, bins)
+    for i in range(nodes):
+        node_kept[i] = node_weight[i] >= upper
+        if node_weight[i] < upper and node_weight[i] > lower and ties > 0:
+            ties -= node_size[i]
+            node_kept[i] = True
     # 2. leaves of the nodes kept
     found = 0
     segment = -1
     turn = np.float64(-1.0)
     for i in range(nodes):
-        if node_weight[i] < cut:
+        if not node_kept[i]:
             continue
         number = node_begin + i
         if number // nodes_per_segment != segment:
@@ -314,7 +326,7 @@ def attend_nodes(
                 leaf_weight[found + leaf] = max(leaf_weight[found + leaf], score + bonus - base[h])
         found += LEAVES
     counts[COUNT_LEAVES] += found
-    leaf_cut = cut_weight(leaf_weight, leaf_size, found, keys_allowed, bins)
+    upper, lower, ties = cut_weight(leaf_weight, leaf_size, found, keys_allowed, bins)
     # 3. keys of the leaves kept; leaf_ids is compacted to them, the others go to the tail
     groups = nodes * _GROUPS
     if tail:
@@ -322,7 +334,7 @@ def attend_nodes(
             for group in range(groups):
                 group_weight[h, group] = 0.0
         for i in range(nodes):
-            if node_weight[i] < cut:
+            if not node_kept[i]:
                 for h in range(g):
                     weight = np.exp(node_scores[h, i] - base[h]) * np.float32(node_size[i]) / np.float32(_GROUPS)
                     for part in range(_GROUPS):
@@ -336,7 +348,9 @@ def attend_nodes(
         size = leaf_size[leaf]
         if size == 0:
             continue
-        if leaf_weight[leaf] < leaf_cut:
+        if leaf_weight[leaf] < upper and leaf_weight[leaf] > lower and ties > 0:
+            ties -= size
+        elif leaf_weight[leaf] < upper:
             if tail:
                 for h in range(g):
                     weight = np.exp(leaf_scores[h, leaf] - base[h]) * np.float32(size)
@@ -374,7 +388,7 @@ def attend_nodes(
         kept += 1
     counts[COUNT_KEYS] += keys
     # 4. exact attention to the best, the rest to the tail
-    key_cut = cut_weight(key_weight, ones, keys, rerank, bins)
+    upper, lower, ties = cut_weight(key_weight, ones, keys, rerank, bins)
     n = 0
     key = 0
     for leaf in range(kept):
@@ -385,7 +399,9 @@ def attend_nodes(
         begin = np.int64(mem16[(slabs[segment] + at[AT_ENDS]) // 2 + local]) - leaf_size[leaf]
         order = (slabs[segment] + at[AT_ORDER]) // 2 + begin
         for k in range(leaf_size[leaf]):
-            if key_weight[key] < key_cut:
+            if key_weight[key] < upper and key_weight[key] > lower and ties > 0:
+                ties -= 1
+            elif key_weight[key] < upper:
                 if tail:
                     for h in range(g):
                         group_weight[h, where // GROUP] += np.exp(key_scores[h, key])
@@ -465,6 +481,7 @@ class Scratch:
             np.empty((group, nodes), f32),
             np.empty(nodes, f32),
             np.empty(nodes, np.int32),
+            np.empty(nodes, np.bool_),
             np.empty((group, leaves), f32),
             np.empty(leaves, f32),
             np.empty(leaves, np.int32),
