@@ -32,11 +32,11 @@ def ask(tmp_path, mode, length, count):
     return json.loads(out.read_text())
 
 
-def test_flat_finds_a_number_in_16k_tokens_within_the_bound(tmp_path):
-    found = ask(tmp_path, "flat", 16_000, 1)
+def test_the_default_finds_a_number_in_16k_tokens_within_the_bound(tmp_path):
+    found = ask(tmp_path, "attention", 16_000, 1)
     assert [row["right"] for row in found["rows"]] == [True]
     assert found["max_blocks"] <= resident_blocks_bound(128, 512, 2048, 128)
 
 
-def test_none_misses_what_flat_finds(tmp_path):
+def test_none_misses_what_the_host_holds(tmp_path):
     assert not any(row["right"] for row in ask(tmp_path, "none", 6_000, 2)["rows"])

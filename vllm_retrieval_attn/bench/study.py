@@ -148,7 +148,11 @@ def _make(kind: str, head: Head, dim: int) -> AttentionIndex:
     n = head.bound - head.sink
     segments = max(1, round(n / 8192))
     tokens = n // segments // 256 * 256
-    return ClusteredIndex(head.scale, dim, segment_tokens=tokens) if tokens else make_index("flat", head.scale, dim)
+    if not tokens:
+        return make_index("flat", head.scale, dim)
+    index = ClusteredIndex(head.scale, dim, segment_tokens=tokens)
+    index.outside = np.concatenate((head.K[: head.sink], head.K[head.bound :]))
+    return index
 
 
 def _microseconds(index: AttentionIndex, q: Floats, budget: float) -> float:

@@ -45,6 +45,8 @@ class ClusteredIndex(AttentionIndex):
         super().__init__(scale, dim, dtype)
         self.shape = SegmentShape(segment_tokens, dim)
         self.rerank, self.tail = rerank, tail
+        self.outside: npt.NDArray[Any] = np.empty((0, dim), dtype)
+        """(k, d): keys attended to elsewhere (sinks, window); calibration counts their mass as kept."""
         self._moment: torch.Tensor | None = None
         self._spaces: Spaces | None = None
         self._slabs = np.empty(0, np.uint8)
@@ -93,7 +95,8 @@ class ClusteredIndex(AttentionIndex):
             build_segment(self.shape, part[:1], part[1:], self._spaces, torch.zeros(1), slab)
             if len(self._samples):
                 queries = self._samples[None] * self.scale
-                lse = (queries[0] @ torch.from_numpy(self.rows[0].astype(np.float32)).T).logsumexp(1)[None]
+                seen = np.concatenate((self.rows[0], self.outside)).astype(np.float32)
+                lse = (queries[0] @ torch.from_numpy(seen).T).logsumexp(1)[None]
                 shares = calibrated_share(self.shape, slab, part[:1], self._spaces, queries, lse)
                 slab[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
         self._slabs, self._segments = slabs, full
