@@ -239,6 +239,8 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
     for axis, (x, y) in zip(axes, panels, strict=True):
         for kind, members in lines.items():
+            if kind == "flat" and y == "output_error":
+                continue  # zero up to rounding; on a log axis it would flatten the others
             members = sorted(members, key=lambda line: line[x])
             axis.plot([100 * m[x] for m in members], [m[y] for m in members], marker="o", label=kind)
         axis.set_xscale("log")
