@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from vllm_retrieval_attn.config import GB, RetrievalConfig, available_memory, default_host_memory_gb, default_threads
+from vllm_retrieval_attn.index.segment import SegmentShape
 from vllm_retrieval_attn.ownership import resident_blocks_bound
 from vllm_retrieval_attn.store.shared_file import SHM_DIR
 
@@ -87,15 +88,20 @@ def needs(
 
     Returns:
         ``full_gb``: KV cache of full attention on each GPU; ``paged_gb``: our bound on each GPU;
-        ``host_gb``: host memory of the whole engine.
+        ``host_gb``: host memory of the whole engine, with indexes.
     """
     # Two batches may be in flight with async scheduling.
     blocks = resident_blocks_bound(knobs.sink_tokens, knobs.window_tokens, 2 * chunk_tokens, block_size)
     paged = min(blocks * block_size, context)
+    host = max(0, context - knobs.sink_tokens)
+    index = 0
+    if knobs.index == "attention":
+        slab = SegmentShape(knobs.segment_tokens, shape.head_size).bytes
+        index = host // knobs.segment_tokens * slab * shape.layers * shape.kv_heads
     return {
         "full_gb": requests * context * shape.bytes_per_token / GB,
         "paged_gb": requests * paged * shape.bytes_per_token / GB,
-        "host_gb": ranks * requests * max(0, context - knobs.sink_tokens) * shape.bytes_per_token / GB,
+        "host_gb": ranks * requests * (host * shape.bytes_per_token + index) / GB,
     }
 
 

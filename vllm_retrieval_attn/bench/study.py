@@ -219,7 +219,7 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in summary(rows):
@@ -238,16 +238,22 @@ def plot(rows: list[Row], path: Path) -> None:
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
     for axis, (x, y) in zip(axes, panels, strict=True):
-        for kind, members in lines.items():
+        for number, (kind, members) in enumerate(lines.items()):
             if kind == "flat" and y == "output_error":
                 continue  # zero up to rounding; on a log axis it would flatten the others
             members = sorted(members, key=lambda line: line[x])
-            axis.plot([100 * m[x] for m in members], [m[y] for m in members], marker="o", label=kind)
+            axis.plot(
+                [100 * m[x] for m in members], [m[y] for m in members], marker="o", label=kind, color=f"C{number}"
+            )
         axis.set_xscale("log")
         axis.set_xlabel(names[x])
         axis.set_ylabel(names[y])
         if y == "output_error":
             axis.set_yscale("log")
+        for scaled in [axis.xaxis, axis.yaxis] if y == "output_error" else [axis.xaxis]:
+            scaled.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            scaled.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            scaled.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].legend()
     keys = sorted({row.n for row in rows})

@@ -131,8 +131,8 @@ def cut_weight(weights: Any, sizes: Any, n: int, keep: int, bins: Any) -> tuple[
     count = 0
     for b in range(BINS):
         if count + bins[b] > keep:
-            upper = top - b / _BIN_SCALE if b > 0 else np.inf
-            lower = top - (b + 1) / _BIN_SCALE if b < BINS - 1 else -np.inf
+            upper = float(top) - b / _BIN_SCALE if b > 0 else np.inf
+            lower = float(top) - (b + 1) / _BIN_SCALE if b < BINS - 1 else -np.inf
             return upper, lower, keep - count
         count += bins[b]
     return -np.inf, -np.inf, 0
