@@ -14,7 +14,7 @@ LENGTHS = [100, 700, 3000, 7500]
 def main(out: Path, backend: str, chunk: int) -> None:
     engine = InProcessEngine(
         str(smollm2()),
-        {"host_memory_gb": 3} if backend == "retrieval" else None,
+        {"host_memory_gb": 3, "index": "flat"} if backend == "retrieval" else None,
         backend,
         dtype="float32",
         max_model_len=8192,

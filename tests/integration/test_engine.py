@@ -12,6 +12,7 @@ from vllm_retrieval_attn.ownership import resident_blocks_bound
 KNOBS = {
     "sink_tokens": 16,
     "window_tokens": 64,
+    "index": "flat",
     "segment_tokens": 256,
     "host_memory_gb": 0.15,
     "threads": 2,
