@@ -16,7 +16,7 @@ def start(retrieval=None, backend="retrieval", **options):
 
 @pytest.mark.parametrize("name", ["retrieval", "RETRIEVAL", "Retrieval"])
 def test_the_name_is_accepted_in_any_case_and_turns_the_connector_on(name):
-    config = start({"host_memory_gb": 1}, backend=name)
+    config = start({"host_memory_gb": 1, "index": "flat"}, backend=name)
     assert config.kv_transfer_config.kv_connector == "RetrievalConnector"
     knobs = config.kv_transfer_config.kv_connector_extra_config["retrieval"]
     assert knobs["host_pages"] == 10**9 // (knobs["bytes_per_token"] * 1024)
