@@ -14,6 +14,11 @@ KEY = "retrieval"
 
 GB = 10**9
 
+COMPARED = ("ivf", "hnsw", "roar")
+"""Kinds of index that are served to be compared with: for their answers, not for speed (workers/library.py)."""
+COMPARED_BUDGET = 0.1
+"""Share of keys that those score unless told otherwise."""
+
 
 class RetrievalConfig(BaseModel):
     """Knobs under ``--additional-config '{"retrieval": {...}}'``."""
@@ -25,17 +30,20 @@ class RetrievalConfig(BaseModel):
     Rounded up to whole blocks."""
     window_tokens: int = Field(512, ge=1)
     """Most recent tokens that stay in the paged cache; the paper's 512."""
-    index: Literal["attention", "flat", "none"] = "attention"
+    index: Literal["attention", "flat", "none", "ivf", "hnsw", "roar"] = "attention"
     """``attention``: sealed segments are searched through clusters and 4-bit codes, see docs/index.md. ``flat``: exact
     search over every host token, equal to full attention up to rounding. ``none``: nothing is kept on the host,
-    attention sees sink and window alone (a lower bound to compare with)."""
+    attention sees sink and window alone (a lower bound to compare with). ``ivf``, ``hnsw``, ``roar``: other indexes to
+    compare answers with, slow, their memory comes beside ``host_memory_gb``."""
     budget: float | None = Field(None, gt=0, le=1)
-    """Share of the indexed keys whose codes a decode step scans; 1: exact attention over all keys. Default:
-    calibrated for each KV head when a segment is sealed."""
+    """Share of the indexed keys that a decode step scans; 1: exact attention over all keys. Default: calibrated for
+    each KV head when a segment is sealed; with ``ivf``, ``hnsw`` and ``roar`` 0.1."""
     rerank: int = Field(400, ge=1, le=1 << 20)
     """Indexed keys that a decode step attends to exactly, for each KV head."""
     tail: bool = True
     """Whether to estimate the share of the keys that are not attended to exactly."""
+    fidelity: float = Field(0.002, ge=0, le=1)
+    """Share of decode steps that CPU workers compare with exact search afterwards, at low priority; 0: none."""
     segment_tokens: int = Field(8192, ge=64)
     """Tokens of a segment, the unit that an index covers. A multiple of 64; of 256 and below 65,536 with index
     ``attention``."""
@@ -68,6 +76,12 @@ class RetrievalConfig(BaseModel):
             raise ValueError(
                 f"segment_tokens={self.segment_tokens}: index 'attention' needs a multiple of 256 below 65536"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_thread(self) -> Self:
+        if self.index in COMPARED and self.threads not in (None, 1):
+            raise ValueError(f"threads={self.threads}: index {self.index!r} has one thread a worker; raise workers")
         return self
 
     @property
@@ -230,7 +244,7 @@ def resolve(
         **{**config.model_dump(), "host_memory_gb": max(host_memory_gb, 1e-9)}
         | {
             "workers": workers,
-            "threads": config.threads or default_threads(len(cpus), ranks, workers),
+            "threads": 1 if config.index in COMPARED else config.threads or default_threads(len(cpus), ranks, workers),
             "bytes_per_token": bytes_per_token,
             "host_pages": pages,
             "index_slabs": pages * config.page_tokens // config.segment_tokens if index_bytes_per_segment else 0,

@@ -156,12 +156,12 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
             cache.kv_cache_memory_bytes = min(max(wanted, GB), knobs_module.available_memory() // 4)
         spoken_for = cache.kv_cache_memory_bytes or 0
     index_bytes = 0
-    if knobs.index == "attention":
-        from vllm_retrieval_attn.index.segment import SegmentShape
+    if knobs.index not in ("flat", "none"):
+        from vllm_retrieval_attn.index.segment import slab_bytes
 
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        shape = SegmentShape(knobs.segment_tokens, model.get_head_size())
-        index_bytes = shape.bytes * count_full_attention_layers(model, parallel) * model.get_num_kv_heads(parallel)
+        index_bytes = slab_bytes(knobs.index, knobs.segment_tokens, model.get_head_size())
+        index_bytes *= count_full_attention_layers(model, parallel) * model.get_num_kv_heads(parallel)
     return knobs_module.resolve(
         knobs,
         index_bytes_per_segment=index_bytes,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_retrieval_attn.config import COMPARED, COMPARED_BUDGET
+
 if TYPE_CHECKING:
     from vllm_retrieval_attn.config import RetrievalConfig
 
@@ -36,9 +38,15 @@ def search_options(config: "RetrievalConfig", extra_args: dict[str, Any] | None)
         raise ValueError(
             f"retrieval: {sorted(given)[0]} has no meaning with index={config.index!r}; drop it from the request"
         )
-    budget = given.get("retrieval_budget", config.budget or 0.0)
+    compared = config.index in COMPARED
+    for name in ("retrieval_rerank", "retrieval_tail"):
+        if compared and name in given:
+            raise ValueError(f"retrieval: {name} has no meaning with index={config.index!r}; drop it from the request")
+    budget = given.get("retrieval_budget", config.budget or (COMPARED_BUDGET if compared else 0.0))
     if not _is_number(budget) or not 0 <= budget <= 1:
         raise ValueError(f"retrieval: retrieval_budget={budget!r} must be a number from 0 (as calibrated) to 1 (exact)")
+    if compared and budget == 0:
+        raise ValueError(f"retrieval: retrieval_budget must be above 0 with index={config.index!r}")
     rerank = given.get("retrieval_rerank", config.rerank)
     if not _is_number(rerank) or rerank != int(rerank) or not 1 <= rerank <= 1 << 20:
         raise ValueError(f"retrieval: retrieval_rerank={rerank!r} must be a whole number from 1 to {1 << 20}")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.attention.fidelity import DecodeSampler
 from vllm_retrieval_attn.attention.plan import StepPlan, make_plan
 from vllm_retrieval_attn.attention.statistics import QueryStatistics
 from vllm_retrieval_attn.compat import patch_runner
+from vllm_retrieval_attn.config import COMPARED
 from vllm_retrieval_attn.index.kernels import DTYPE_CODES
-from vllm_retrieval_attn.index.segment import SegmentShape
+from vllm_retrieval_attn.index.segment import slab_bytes
 from vllm_retrieval_attn.kvcache.messages import StepMessage
 from vllm_retrieval_attn.kvcache.spec import RetrievalSpec
 from vllm_retrieval_attn.options import SearchOptions, search_options
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.attention.metadata import RetrievalMetadata
     from vllm_retrieval_attn.config import ResolvedConfig
     from vllm_retrieval_attn.store.segments import RequestStore, Segment
+
+SAMPLES, LIBRARY_SAMPLES = 16, 256
+"""Sampled queries of each query head: to calibrate with, and to build the kinds from that are compared with."""
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -63,7 +68,8 @@ class RetrievalWorker:
     Attributes:
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU.
-        indexed: whether sealed segments get an index; statistics: of their requests' queries.
+        indexed: whether sealed segments get an index; statistics: of their requests' queries; sampler: of what is
+            found for them.
         timings: where decode time goes.
     """
 
@@ -81,7 +87,7 @@ class RetrievalWorker:
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.hosted = config.index != "none"
-        self.indexed = config.index == "attention" and config.index_slabs > 0
+        self.indexed = config.index_slabs > 0
         self._sealing: list[tuple[RequestStore, Segment]] = []
         if self.hosted:
             self._start_host(vllm_config)
@@ -118,7 +124,8 @@ class RetrievalWorker:
             threads=config.threads,
             segment_tokens=config.segment_tokens,
             slabs=config.index_slabs,
-            slab_bytes=SegmentShape(config.segment_tokens, spec.head_size).bytes if config.index_slabs else 0,
+            slab_bytes=slab_bytes(config.index, config.segment_tokens, spec.head_size) if config.index_slabs else 0,
+            samples=LIBRARY_SAMPLES if config.index in COMPARED else SAMPLES,
         )
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
@@ -132,9 +139,10 @@ class RetrievalWorker:
             self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
         if self.indexed:
             device = self.cuda.device if self.cuda is not None else torch.device("cpu")
-            self.statistics = QueryStatistics(layout, torch.from_numpy(self.arena.views.statistics), device)
+            self.statistics = QueryStatistics(layout, self.arena.views, device)
             for slot in range(layout.max_rows):
                 self.statistics.forget(slot)
+            self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity, self._refresh)
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
         try:
@@ -171,6 +179,7 @@ class RetrievalWorker:
         store = self.arena.requests.get(request_id)
         if self.indexed and store is not None and store.epoch <= epoch:
             self.statistics.forget(store.slot)
+            self.sampler.forget(store.slot)
         self.arena.release(request_id, epoch)
         if request_id not in self.arena.requests:
             self._options.pop(request_id, None)
@@ -196,8 +205,9 @@ class RetrievalWorker:
                 self.config.sink_end,
                 lambda request_id: self._options.get(request_id, self._default_options),
             )
-            if self.indexed and metadata.plan.sealed:
-                self._sealing = metadata.plan.sealed
+            if self.indexed:
+                self._sealing += metadata.plan.sealed
+                self.sampler.begin(metadata.plan)
             if len(metadata.plan.decode_ids) and not self.pool.available():
                 self.fail(metadata.plan, WorkersUnavailable("CPU workers are not back yet"))
         return metadata.plan
@@ -227,6 +237,8 @@ class RetrievalWorker:
             self.cuda.fence_mirror()
 
     def end_step(self) -> None:
+        if self.hosted and self.indexed:
+            self.sampler.end()
         if self._sealing:
             self._sealed.append((self.cuda.mirrored() if self.cuda is not None else None, self._sealing))
             self._sealing = []
@@ -249,6 +261,11 @@ class RetrievalWorker:
         self._metadata.clear()
 
     # ---- indexes
+
+    def _refresh(self, slot: int) -> None:
+        for store in self.arena.requests.values():
+            if store.slot == slot:
+                self.arena.index.refresh(store)
 
     def wait_for_index(self, timeout_s: float) -> None:
         """Wait, between steps, until no build is queued: for measurements of the index alone.
@@ -299,13 +316,17 @@ class RetrievalWorker:
             }
         return found
 
-    def stats_of_index(self) -> dict[str, int]:
-        """Segments ever indexed, segments that wait, and bytes of the indexes held."""
+    def stats_of_index(self) -> dict[str, Any]:
+        """Segments ever indexed, segments that wait, bytes of the indexes held, segments looked at for drift, and how
+        close to exact search sampled decode steps came (attention/fidelity.py)."""
         index = self.arena.index
         return {
             "segments_indexed": index.built,
             "segments_waiting": index.pending,
             "index_bytes": index.used_slabs * self.arena.layout.segment_slab_bytes,
+            "segments_refreshed": index.refreshes,
+            "probes": self.sampler.probes if self.indexed else 0,
+            "fidelity": self.sampler.figures() if self.indexed else {},
         }
 
     def close(self) -> None:

@@ -39,4 +39,4 @@ def test_the_default_finds_a_number_in_16k_tokens_within_the_bound(tmp_path):
 
 
 def test_none_misses_what_the_host_holds(tmp_path):
-    assert not any(row["right"] for row in ask(tmp_path, "none", 6_000, 2)["rows"])
+    assert not any(row["right"] for row in ask(tmp_path, "none", 3_000, 2)["rows"])

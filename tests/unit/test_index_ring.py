@@ -9,75 +9,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.rings import Ring, make_layout
-from vllm_retrieval_attn.index.segment import SegmentShape
+from tests.unit.indexed_ring import SEGMENT, IndexedRing, layout
 from vllm_retrieval_attn.store.indexing import IndexQueue
 from vllm_retrieval_attn.store.layout import (
     ACTOR_JOBS,
     ACTOR_SLAB,
     ROW_BUDGET,
-    ROW_INDEXED,
     ROW_RERANK,
     ROW_TAIL,
-    SAMPLES,
     WORD_JOBS,
 )
 from vllm_retrieval_attn.store.segments import RequestStore, SegmentState
-from vllm_retrieval_attn.workers.builder import Builder
-
-SEGMENT, LAYERS = 256, 2
-
-
-def layout(**shape):
-    base = make_layout(layers=LAYERS, page_tokens=64, table_pages=16, max_rows=4, **shape)
-    extra = {"segment_tokens": SEGMENT, "slabs": 12, "slab_bytes": SegmentShape(SEGMENT, base.dim).bytes}
-    return type(base)(**{**vars(base), **extra})
-
-
-class IndexedRing(Ring):
-    """A ring whose rows are indexed as far as segments are full."""
-
-    def __init__(self, shape, dtype="float32"):
-        super().__init__(shape, dtype)
-        self.index = IndexQueue(shape, self.views)
-        self.builders = [Builder(shape, self.views, actor, 1, self.scale, 0.0) for actor in range(shape.actors)]
-        self.stores = []
-
-    def fill_statistics(self):
-        lay = self.layout
-        size = lay.dim * lay.dim
-        self.views.statistics[:, :, :, :size] = np.eye(lay.dim, dtype=np.float32).reshape(-1)
-        self.views.statistics[:, :, :, size + lay.group * SAMPLES * lay.dim :] = -np.inf
-
-    def index_rows(self, message):
-        """Index every full segment of a message's rows, in all layers (the others hold poison)."""
-        self.fill_statistics()
-        for row in message:
-            store = RequestStore(f"r{row[0]}", 1, int(row[0]), SEGMENT)
-            self.stores.append(store)
-            for segment in store.written(int(row[1])):
-                self.index.add(store, segment)
-        self.run_builders()
-        for row, store in zip(message, self.stores[-len(message) :], strict=True):
-            row[ROW_INDEXED] = store.indexed(int(row[1]))
-            assert row[ROW_INDEXED] == row[1] // SEGMENT
-
-    def run_builders(self):
-        for builder in self.builders:
-            if not builder.is_alive():
-                builder.start()
-        deadline = time.monotonic() + 60
-        while self.index.pending and time.monotonic() < deadline:
-            self.index.poll()
-            time.sleep(0.002)
-
-    def close(self):
-        for builder in self.builders:
-            if builder.is_alive():
-                builder.stop()
-        self.builders.clear()
-        self.index._views = None
-        super().close()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -111,7 +111,7 @@ class CpuLayer:
         if searched:
             assert plan is not None
             assert worker is not None
-            self._merge_search(worker, plan, begin, resident, resident_lse, output)
+            self._merge_search(worker, layer, plan, begin, resident, resident_lse, output)
 
     def _mirror(
         self, worker: "RetrievalWorker", layer: int, key: torch.Tensor, value: torch.Tensor, plan: "StepPlan"
@@ -146,6 +146,7 @@ class CpuLayer:
     def _merge_search(
         self,
         worker: "RetrievalWorker",
+        layer: int,
         plan: "StepPlan",
         begin: int,
         resident: torch.Tensor,
@@ -160,6 +161,9 @@ class CpuLayer:
             worker.fail(plan, error)
             return
         merging = perf_counter_ns()
+        if worker.indexed and worker.sampler.active:
+            paged, paged_lse = resident.numpy(), resident_lse.numpy()
+            worker.sampler.record(layer, worker.arena.queries, found.numpy(), found_lse.numpy(), paged, paged_lse)
         merged, _ = merge_partials(resident, resident_lse, found, found_lse)
         output[torch.from_numpy(plan.decode_tokens)] = merged.to(output.dtype)
         worker.timings.add_layer(begin, begin, waiting, merging, perf_counter_ns(), worker.client.search_stats())

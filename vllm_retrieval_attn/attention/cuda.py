@@ -208,10 +208,28 @@ class CudaLayer:
             worker.fail(plan, error)
             return
         answered = perf_counter_ns()
+        if worker.indexed and worker.sampler.active:
+            self._record(worker, layer, plan, output, lse)
         more = found.to(host.device, non_blocking=True)
         more_lse = found_lse.to(host.device, non_blocking=True)
         merge_in_place(output, lse, more, more_lse.T, host.plan(plan).decode_tokens)
         worker.timings.add_layer(begin, posted, posted, answered, perf_counter_ns(), worker.client.search_stats())
+
+    def _record(
+        self, worker: "RetrievalWorker", layer: int, plan: "StepPlan", output: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Give the sampler a layer's partial results. Waits for the GPU, in the few steps that are sampled."""
+        host, decoding = worker.cuda, len(plan.decode_tokens)
+        tokens = host.plan(plan).decode_tokens
+        paged, paged_lse = output.index_select(0, tokens).float().cpu(), lse.index_select(1, tokens).T.float().cpu()
+        worker.sampler.record(
+            layer,
+            worker.arena.queries,
+            host.found[:decoding].numpy(),
+            host.found_lse[:decoding].numpy(),
+            paged.numpy(),
+            paged_lse.numpy(),
+        )
 
     def _stream(
         self,

@@ -6,26 +6,28 @@ few of these queries with the log-sum-exp of their whole attention, which take n
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-
-from vllm_retrieval_attn.store.layout import SAMPLES
 
 if TYPE_CHECKING:
     from vllm_retrieval_attn.store.layout import Layout
+    from vllm_retrieval_attn.store.views import Views
 
 RECENT = 1024
+FEWEST = 16
+"""Samples of a query head; a chunk with fewer leaves the statistics of the one before."""
 
 
 class QueryStatistics:
     """Statistics of each live request's latest chunk; what a page table number held before is overwritten.
 
     Args:
-        layout: shapes. shared: (max_rows, layers, kv_heads, head_statistics) float32 tensor over the shared file.
-        device: where queries are.
+        layout, views: the shared file of the rank. device: where queries are.
     """
 
-    def __init__(self, layout: "Layout", shared: torch.Tensor, device: torch.device) -> None:
-        self._layout, self._shared = layout, shared
+    def __init__(self, layout: "Layout", views: "Views", device: torch.device) -> None:
+        self._layout, self._views = layout, views
+        self._shared = torch.from_numpy(views.statistics)
         self._on_host = device.type == "cpu"
         self._latest: dict[int, torch.Tensor] = {}
         self._device = device
@@ -39,19 +41,22 @@ class QueryStatistics:
         lay = self._layout
         queries, lse = queries[-RECENT:], lse[-RECENT:]
         n = len(queries)
-        if n < 2 * SAMPLES:
+        samples = min(lay.samples, n // 2)
+        if samples < min(lay.samples, FEWEST):
             return
         grouped = queries.view(n, lay.kv_heads, lay.group, lay.dim).permute(1, 2, 0, 3)  # (kv_heads, group, n, d)
-        stride = n // SAMPLES
-        sampled = grouped[:, :, stride - 1 :: stride][:, :, :SAMPLES].float()
-        sampled_lse = lse.view(n, lay.kv_heads, lay.group).permute(1, 2, 0)[:, :, stride - 1 :: stride][:, :, :SAMPLES]
+        stride = n // samples
+        sampled = grouped[:, :, stride - 1 :: stride][:, :, :samples].float()
+        sampled_lse = lse.view(n, lay.kv_heads, lay.group).permute(1, 2, 0)[:, :, stride - 1 :: stride][:, :, :samples]
         pooled = grouped.reshape(lay.kv_heads, -1, lay.dim)
         held_back = sampled.reshape(lay.kv_heads, -1, lay.dim)
         moment = torch.bmm(pooled.mT, pooled).float() if self._on_host else _moment(pooled)
         moment = (moment - held_back.mT @ held_back) / (pooled.shape[1] - held_back.shape[1])
-        parts = (moment, held_back, sampled_lse.float())
-        flat = torch.cat([part.reshape(lay.kv_heads, -1) for part in parts], 1)
-        self._target(slot)[layer, :, : flat.shape[1]] = flat
+        missing = (0, lay.samples - samples)
+        sampled = torch.nn.functional.pad(sampled, (0, 0, *missing))
+        sampled_lse = torch.nn.functional.pad(sampled_lse.float(), missing, value=-torch.inf)
+        parts = (moment, sampled, sampled_lse)
+        self._target(slot)[layer] = torch.cat([part.reshape(lay.kv_heads, -1) for part in parts], 1)
 
     def _target(self, slot: int) -> torch.Tensor:
         if self._on_host:
@@ -70,10 +75,8 @@ class QueryStatistics:
     def forget(self, slot: int) -> None:
         """The page table changes hands: no sample is left to calibrate the next request with."""
         self._latest.pop(slot, None)
-        lay = self._layout
-        first = lay.dim * lay.dim + lay.group * SAMPLES * lay.dim
-        self._shared[slot, :, :, : lay.dim * lay.dim] = torch.eye(lay.dim).reshape(-1)
-        self._shared[slot, :, :, first : first + lay.group * SAMPLES] = -torch.inf
+        self._views.moments[slot] = np.eye(self._layout.dim, dtype=np.float32)
+        self._views.sample_lse[slot] = -np.inf
 
 
 def _moment(rows: torch.Tensor) -> torch.Tensor:

@@ -105,3 +105,9 @@ class SegmentShape:
     @property
     def bytes(self) -> int:
         return self.offsets["end"]
+
+
+def slab_bytes(kind: str, tokens: int, dim: int) -> int:
+    """Bytes of a segment's slab of one layer and KV head. The kinds that keep their index elsewhere have a line, whose
+    place tells which segment is meant."""
+    return SegmentShape(tokens, dim).bytes if kind == "attention" else 64

@@ -13,6 +13,8 @@ import numpy as np
 from vllm_retrieval_attn.store.layout import (
     ACTOR_JOBS,
     ACTOR_SLAB,
+    JOB_BUILD,
+    JOB_REFRESH,
     JOBS,
     WORD_JOBS,
     Layout,
@@ -36,7 +38,7 @@ class IndexQueue:
     """Used by the vLLM worker's main thread.
 
     Attributes:
-        queued, built: builds ever queued and finished. seconds: time from the queue being non-empty to empty, summed.
+        queued, built: builds ever queued and finished. refreshes: segments whose calibration was put in question.
     """
 
     def __init__(self, layout: Layout, views: Views) -> None:
@@ -47,7 +49,7 @@ class IndexQueue:
         self._waiting: list[tuple[RequestStore, Segment]] = []
         self._busy_since = 0.0
         self._built_then = 0
-        self.queued = self.built = 0
+        self.queued = self.built = self.refreshes = 0
         views.generations[:] = 0
         views.built[:] = 0
         for actor in range(layout.actors):
@@ -78,9 +80,8 @@ class IndexQueue:
 
     def _submit(self) -> None:
         """Queue builds while there are slabs and room; the rest of the segments are scanned exactly meanwhile."""
-        views, words = self._views, self._views.words
-        taken = [int(words[views.actor_word(a, ACTOR_JOBS)]) for a in range(self._layout.actors)]
-        while self._waiting and int(words[WORD_JOBS]) - min(taken) < JOBS - 1:
+        views = self._views
+        while self._waiting and self._room() > 0:
             slab = self._take_slab()
             if slab is None:
                 return
@@ -89,12 +90,31 @@ class IndexQueue:
             build = Build(store, segment, slab, self._generation)
             store.slabs[segment.number] = slab
             views.generations[slab] = build.generation
-            count = int(words[WORD_JOBS])
-            views.jobs[count % JOBS] = build.generation, store.slot, segment.number, slab, store.slot
-            full_fence()
-            words[WORD_JOBS] = count + 1
+            self._post(build.generation, store.slot, segment.number, slab, JOB_BUILD)
             self._pending.append(build)
             self.queued += 1
+
+    def _post(self, *job: int) -> None:
+        views, words = self._views, self._views.words
+        count = int(words[WORD_JOBS])
+        views.jobs[count % JOBS] = job
+        full_fence()
+        words[WORD_JOBS] = count + 1
+
+    def _room(self) -> int:
+        """Jobs that may be queued."""
+        views, words = self._views, self._views.words
+        taken = min(int(words[views.actor_word(a, ACTOR_JOBS)]) for a in range(self._layout.actors))
+        return JOBS - 1 - (int(words[WORD_JOBS]) - taken)
+
+    def refresh(self, store: RequestStore) -> None:
+        """Have the calibration of a request's indexed segments compared with its latest sampled queries. Segments
+        that find no room in the queue are left as they are."""
+        for segment in store.segments:
+            if segment.state is SegmentState.INDEXED and self._room() > JOBS // 2:
+                slab = store.slabs[segment.number]
+                self._post(int(self._views.generations[slab]), store.slot, segment.number, slab, JOB_REFRESH)
+                self.refreshes += 1
 
     def _take_slab(self) -> int | None:
         views = self._views

@@ -1,8 +1,8 @@
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
-The file is ``[words | tables | numbers | jobs | queries | partials | statistics | turns | slabs | pages ...]``. Sizes
-depend only on the fields of :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both sides
-compute the same offsets.
+The file is ``[words | tables | numbers | jobs | queries | partials | statistics | probe | turns | slabs | pages ...]``.
+Sizes depend only on the fields of :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both
+sides compute the same offsets.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ WORD_STOP = 1
 WORD_CLIENT_PID = 2
 WORD_JOBS = 3
 """Number of index builds ever queued."""
-FIXED_WORDS = 4
+WORD_PROBES = 4
+"""Number of decode steps ever handed over for comparison with exact search."""
+FIXED_WORDS = 5
 
-# per lane: done, sleeping, client waits for it; per actor: pid, builds done, slab it writes to (-1: none)
+# per lane: done, sleeping, client waits for it; per actor: pid, builds done, slab it writes to (-1: none), probes done
 LANE_DONE, LANE_SLEEPING, LANE_AWAITED = 0, 1, 2
 LANE_WORDS = 3
-ACTOR_PID, ACTOR_JOBS, ACTOR_SLAB = 0, 1, 2
-ACTOR_WORDS = 3
+ACTOR_PID, ACTOR_JOBS, ACTOR_SLAB, ACTOR_PROBES = 0, 1, 2, 3
+ACTOR_WORDS = 4
 
 # int64 numbers of the request message
 MSG_LAYER, MSG_ROWS = 0, 1
@@ -39,15 +41,20 @@ ROW_FIELDS = 7
 STAT_NS, STAT_CODES, STAT_KEYS = 0, 1, 2
 STAT_FIELDS = 3
 
-JOB_GENERATION, JOB_TABLE, JOB_SEGMENT, JOB_SLAB, JOB_TURN = range(5)
+JOB_GENERATION, JOB_TABLE, JOB_SEGMENT, JOB_SLAB, JOB_KIND = range(5)
 """An index build: generation of the slab (a build of an older one is dropped), page table, segment number, slab, and
-the request's statistics and transform (one a page table)."""
+what to do."""
+JOB_BUILD, JOB_REFRESH = 0, 1
+"""Build the slab; look whether its calibration still fits the queries, and calibrate again where it does not."""
 JOB_FIELDS = 5
 JOBS = 4096
 """Builds that may wait."""
 
-SAMPLES = 16
-"""Sampled prompt queries kept for each query head, to calibrate with."""
+PROBE_VALID, PROBE_ROW = 0, 1
+"""int64 numbers of a probe: 0 once its request ended, then its row of the message."""
+FIDELITY_HEADS, FIDELITY_RECALL, FIDELITY_MASS, FIDELITY_ERROR = range(4)
+"""float64 sums of the last probe over an actor's query heads, for each layer."""
+FIDELITY_FIELDS = 4
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -69,6 +76,7 @@ class Layout:
         actors, threads: Ray actors of this rank and search threads in each.
         segment_tokens: tokens of an indexed segment. slabs: segments that may be indexed, 0 without an index.
         slab_bytes: of one layer and KV head (index/segment.py).
+        samples: queries kept for each query head, to calibrate with: of the prompt, later of what is generated.
     """
 
     layers: int
@@ -86,6 +94,7 @@ class Layout:
     segment_tokens: int = 8192
     slabs: int = 0
     slab_bytes: int = 0
+    samples: int = 16
 
     @property
     def group(self) -> int:
@@ -152,13 +161,30 @@ class Layout:
 
     @property
     def head_statistics(self) -> int:
-        """float32 of a KV head's query statistics: second moment, sampled queries, their log-sum-exps, their count."""
-        return self.dim * self.dim + self.group * SAMPLES * (self.dim + 1) + 16
+        """float32 of a KV head's query statistics: second moment, sampled queries, their log-sum-exps."""
+        return self.dim * self.dim + self.group * self.samples * (self.dim + 1)
 
     @property
     def statistics_offset(self) -> int:
         partials = self.actors * self.actor_partials * self.partial_floats * 4
         return _round_up(self.partials_offset + partials, _ALIGN)
+
+    @property
+    def probe_offset(self) -> int:
+        """A decode row to compare with exact search: its numbers, what it found in each layer, and the result."""
+        rows = self.max_rows if self.slabs else 0
+        return _round_up(self.statistics_offset + rows * self.layers * self.kv_heads * self.head_statistics * 4, _ALIGN)
+
+    @property
+    def probe_floats(self) -> int:
+        """float32 of a query head and layer: the query, the host's output and the paged output, then their LSEs."""
+        return 3 * self.dim + 2
+
+    @property
+    def probe_bytes(self) -> int:
+        """Bytes of numbers, results and floats, in that order."""
+        numbers = PROBE_ROW + ROW_FIELDS + self.actors * self.layers * FIDELITY_FIELDS
+        return numbers * 8 + self.layers * self.heads * self.probe_floats * 4 if self.slabs else 0
 
     @property
     def turn_bytes(self) -> int:
@@ -167,8 +193,7 @@ class Layout:
 
     @property
     def turns_offset(self) -> int:
-        rows = self.max_rows if self.slabs else 0
-        return _round_up(self.statistics_offset + rows * self.layers * self.kv_heads * self.head_statistics * 4, _ALIGN)
+        return _round_up(self.probe_offset + self.probe_bytes, _ALIGN)
 
     @property
     def slabs_offset(self) -> int:

@@ -8,11 +8,13 @@ import numpy.typing as npt
 from vllm_retrieval_attn.store.layout import (
     ACTOR_PID,
     ACTOR_WORDS,
+    FIDELITY_FIELDS,
     FIXED_WORDS,
     JOB_FIELDS,
     JOBS,
     LANE_WORDS,
     MSG_HEADER,
+    PROBE_ROW,
     ROW_FIELDS,
     STAT_FIELDS,
     Layout,
@@ -33,7 +35,10 @@ class Views:
         pages16, pages32: all pages as uint16 and as float32 elements.
         slab_tables: (max_rows, table_segments) int64 byte offset in ``index8`` of each indexed segment's slab.
         jobs: (JOBS, JOB_FIELDS) int64 builds, a ring. generations: (slabs,) int64. built: (slabs, actors) int64.
-        statistics: (max_rows, layers, kv_heads, head_statistics) float32 of prompt queries.
+        moments, samples, sample_lse: (max_rows, layers, kv_heads, ...) float32 statistics of queries: (d, d), (group,
+            layout.samples, d) and (group, layout.samples), -inf where there is no sample. Views of ``statistics``.
+        probe_numbers: (PROBE_ROW + ROW_FIELDS,) int64. probe: (layers, heads, probe_floats) float32.
+        fidelity: (actors, layers, FIDELITY_FIELDS) float64, empty without an index.
         index8, index16, index32, index64: transforms and slabs, as int8, uint16, float32 and float64.
     """
 
@@ -66,10 +71,28 @@ class Views:
         self.generations: Array = jobs[queue : queue + layout.slabs]
         built = jobs[queue + layout.slabs :][: layout.slabs * layout.actors]
         self.built: Array = built.reshape(layout.slabs, layout.actors)
-        statistics = raw[layout.statistics_offset : layout.turns_offset].view(np.float32)
+        statistics = raw[layout.statistics_offset : layout.probe_offset].view(np.float32)
         rows = layout.max_rows if layout.slabs else 0
         shape = (rows, layout.layers, layout.kv_heads, layout.head_statistics)
         self.statistics: Array = statistics[: int(np.prod(shape))].reshape(shape)
+        # Splitting the last axis keeps these views of the shared memory.
+        dim, samples = layout.dim, layout.group * layout.samples
+        self.moments: Array = self.statistics[..., : dim * dim].reshape(*shape[:3], dim, dim)
+        self.samples: Array = self.statistics[..., dim * dim :][..., : samples * dim].reshape(
+            *shape[:3], layout.group, layout.samples, dim
+        )
+        self.sample_lse: Array = self.statistics[..., dim * dim + samples * dim :].reshape(
+            *shape[:3], layout.group, layout.samples
+        )
+        probe = raw[layout.probe_offset :][: layout.probe_bytes]
+        numbers_end = (PROBE_ROW + ROW_FIELDS) * 8
+        actors = layout.actors if layout.slabs else 0
+        fidelity_end = numbers_end + actors * layout.layers * FIDELITY_FIELDS * 8
+        self.probe_numbers: Array = probe[:numbers_end].view(np.int64)
+        self.fidelity: Array = (
+            probe[numbers_end:fidelity_end].view(np.float64).reshape(actors, layout.layers, FIDELITY_FIELDS)
+        )
+        self.probe: Array = probe[fidelity_end:].view(np.float32).reshape(-1, layout.heads, layout.probe_floats)
         index = raw[layout.turns_offset : layout.pages_offset]
         self.index8: Array = index.view(np.int8)
         self.index16: Array = index.view(np.uint16)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.ring import STOPPED, serve_lane
 
-_SLICE_NS = 500_000_000
+SLICE_NS = 500_000_000
 """How long a lane serves before it looks whether its client still lives."""
-_SLEEP = (0, 200_000_000)
+SLEEP = (0, 200_000_000)
 """Longest single sleep (s, ns) of an idle lane."""
 
 
@@ -47,6 +48,12 @@ class Lane(threading.Thread):
         finally:
             self.ready.set()
 
+    def _while_client_lives(self) -> Iterator[None]:
+        client = int(self._views.words[WORD_CLIENT_PID])
+        started = process_start(client)
+        while started is not None and process_start(client) == started:
+            yield
+
     def _serve(self) -> None:
         lay, views = self._layout, self._views
         q = np.empty((lay.group, lay.dim), np.float32)
@@ -62,11 +69,9 @@ class Lane(threading.Thread):
             np.zeros(5, np.int64),
             np.empty(0, np.int64),
         )
-        timeout = np.array(_SLEEP, np.int64)
-        client = int(views.words[WORD_CLIENT_PID])
-        started = process_start(client)
+        timeout = np.array(SLEEP, np.int64)
         slice_ns = 0
-        while started is not None and process_start(client) == started:
+        for _ in self._while_client_lives():
             state = serve_lane(
                 views.words, views.words.ctypes.data, views.header, views.rows, views.stats, views.tables,
                 views.slab_tables, views.queries16, views.queries32, views.pages16, views.pages32, views.index8,
@@ -75,7 +80,7 @@ class Lane(threading.Thread):
                 lay.page_tokens, lay.dtype_code, lay.segment_tokens, lay.slab_bytes, np.float32(self._scale),
                 self._spin_ns, time.monotonic_ns() + slice_ns, q, q.view(np.uint32), *running, *work, timeout,
             )  # fmt: skip
-            slice_ns = _SLICE_NS
+            slice_ns = SLICE_NS
             self.ready.set()
             if state == STOPPED or views.words[WORD_STOP]:
                 return

@@ -111,7 +111,9 @@ class ActorPool:
                 self._scale,
                 self._config.spin_ns,
                 self._config.cpus,
+                self._config.index,
                 self._config.budget or 0.0,
+                self._born[actor][0] != 0,
             )
         )
         self._actors[actor] = handle

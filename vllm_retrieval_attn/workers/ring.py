@@ -307,6 +307,43 @@ def serve_lane(
 
 
 @jit
+def await_message(
+    words: Any, word_address: int, lane: int, spin_ns: int, until_ns: int, timeout: Any
+) -> int:  # fmt: skip
+    """Wait for a message that the lane has not done; returns its number, or -1 at ``until_ns`` or a stop."""
+    base = FIXED_WORDS + lane * LANE_WORDS
+    quiet_since = read_clock_ns()
+    while True:
+        fence()
+        seq = words[WORD_SEQ]
+        now = read_clock_ns()
+        if words[WORD_STOP] != 0 or now > until_ns:
+            return -1
+        if words[base + LANE_DONE] != seq:
+            fence()
+            return seq
+        if now - quiet_since < spin_ns:
+            sched_yield()
+            continue
+        words[base + LANE_SLEEPING] = 1
+        fence()
+        if words[WORD_SEQ] == seq and words[WORD_STOP] == 0:
+            futex_wait(word_address + WORD_SEQ * 64, seq, timeout.ctypes.data)
+        words[base + LANE_SLEEPING] = 0
+
+
+@jit
+def finish_message(words: Any, word_address: int, lane: int, seq: int) -> None:
+    """Tell the client that the lane has done ``seq``. Its partial results must be complete."""
+    base = FIXED_WORDS + lane * LANE_WORDS
+    fence()
+    words[base + LANE_DONE] = np.int32(seq)
+    fence()
+    if words[base + LANE_AWAITED] != 0:
+        futex_wake(word_address + (base + LANE_DONE) * 64)
+
+
+@jit
 def raise_seq(words: Any, word_address: int, lanes: int, seq: int) -> None:
     """Publish request ``seq`` and wake the lanes that sleep. The message must be complete."""
     fence()

@@ -1,0 +1,128 @@
+"""Writing the slabs of index `attention` for the KV heads of an actor: a build, and a look at its calibration."""
+
+import numpy as np
+import torch
+
+from vllm_retrieval_attn.index.build import Spaces, build_segment, make_spaces
+from vllm_retrieval_attn.index.calibrate import calibrated_share
+from vllm_retrieval_attn.index.kernels import BFLOAT16, FLOAT16
+from vllm_retrieval_attn.index.segment import HEAD_SHARE, SegmentShape
+from vllm_retrieval_attn.store.layout import JOB_SEGMENT, JOB_SLAB, JOB_TABLE, Layout
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.builder import Job
+
+DRIFT = 1.5
+"""Calibrate again where sampled queries are so many times as far out, in the metric of the prompt's queries, as those
+of the prompt are: docs/index.md, "Drift"."""
+
+
+def torch_pages(layout: Layout, views: Views) -> torch.Tensor:
+    """The pages as (pages, layers, kv_heads, 2, page_tokens, d) of their own type."""
+    dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
+    shape = (layout.pages, layout.layers, layout.kv_heads, 2, layout.page_tokens, layout.dim)
+    return torch.from_numpy(views.pages).view(dtype).view(shape)
+
+
+def segment_rows(memory: torch.Tensor, pages: torch.Tensor, layer: int, heads: list[int]) -> torch.Tensor:
+    """(H, 2, tokens, d) float32 keys and values of some KV heads; ``memory`` as :func:`torch_pages` gives it."""
+    rows = memory[pages, layer][:, heads]  # (pages, H, 2, page_tokens, d)
+    return rows.permute(1, 2, 0, 3, 4).flatten(2, 3).float()
+
+
+class SlabWork:
+    """For workers/builder.py, see there.
+
+    Args:
+        layout, views: the shared file of the rank. actor: which share of the KV heads.
+        scale: softmax scale. share: of keys to scan; 0: calibrate for each KV head.
+    """
+
+    def __init__(self, layout: Layout, views: Views, actor: int, scale: float, share: float) -> None:
+        self._layout, self._views, self._scale, self._share = layout, views, scale, share
+        self._shape = SegmentShape(layout.segment_tokens, layout.dim)
+        self._heads = list(range(actor, layout.kv_heads, layout.actors))
+        self._pages = torch_pages(layout, views)
+        self._index = torch.from_numpy(views.index8).view(torch.uint8)
+
+    def build(self, layer: int, pages: torch.Tensor, job: Job) -> None:
+        lay = self._layout
+        table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
+        heads = len(self._heads)
+        rows = segment_rows(self._pages, pages, layer, self._heads)
+        moment, queries, lse = self._statistics(layer, table)
+        turns, memory = self._turns(layer, table), self._index[: lay.slabs_offset - lay.turns_offset]
+        size = lay.dim * lay.dim
+        if job[JOB_SEGMENT] == 0:
+            spaces = make_spaces(rows[:, 0], moment)
+            for turn, matrix in zip(turns.tolist(), spaces.to_queries, strict=True):
+                memory.view(torch.bfloat16)[turn : turn + size] = matrix.bfloat16().reshape(-1)
+        else:
+            spaces = self._spaces(turns)
+        slabs = torch.empty(heads, lay.slab_bytes, dtype=torch.uint8)
+        build_segment(self._shape, rows[:, 0], rows[:, 1], spaces, turns, slabs, self._share or 1.0)
+        if not self._share:
+            shares = calibrated_share(self._shape, slabs, rows[:, 0], spaces, queries * self._scale, lse)
+            slabs[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
+        for begin, own in zip(self._slab_starts(layer, slab), slabs, strict=True):
+            self._index[begin : begin + lay.slab_bytes] = own
+
+    def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
+        """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
+        table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
+        moment, queries, lse = self._statistics(layer, table)
+        drifted = (drift(moment, queries) > DRIFT) & (lse > -torch.inf).all(1)
+        if self._share or not drifted.any():
+            return
+        size = self._layout.slab_bytes
+        starts = self._slab_starts(layer, slab)
+        slabs = torch.stack([self._index[begin : begin + size] for begin in starts])
+        keys = segment_rows(self._pages, pages, layer, self._heads)[:, 0]
+        spaces = self._spaces(self._turns(layer, table))
+        shares = calibrated_share(self._shape, slabs, keys, spaces, queries * self._scale, lse)
+        for begin, share, moved in zip(starts, shares, drifted, strict=True):
+            if moved:  # eight aligned bytes: a search sees the old share or the new one
+                self._views.index64[begin // 8 + HEAD_SHARE] = float(share)
+
+    def _statistics(self, layer: int, table: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(H, d, d) moment, (H, m, d) sampled queries, unscaled, and their (H, m) LSE, m = group * samples."""
+        lay, views = self._layout, self._views
+        moments, samples, lse = (
+            torch.from_numpy(part[table, layer][self._heads])
+            for part in (views.moments, views.samples, views.sample_lse)
+        )
+        return moments, samples.reshape(len(self._heads), -1, lay.dim), lse.reshape(len(self._heads), -1)
+
+    def _turns(self, layer: int, table: int) -> torch.Tensor:
+        """(H,) where the transforms lie, in elements."""
+        lay = self._layout
+        numbers = [(table * lay.layers + layer) * lay.kv_heads + head for head in self._heads]
+        return torch.tensor(numbers) * (lay.dim * lay.dim)
+
+    def _spaces(self, turns: torch.Tensor) -> Spaces:
+        lay = self._layout
+        memory = self._index[: lay.slabs_offset - lay.turns_offset].view(torch.bfloat16)
+        size = lay.dim * lay.dim
+        return Spaces.of(torch.stack([memory[t : t + size].float().view(lay.dim, lay.dim) for t in turns.tolist()]))
+
+    def _slab_starts(self, layer: int, slab: int) -> list[int]:
+        lay = self._layout
+        base = lay.slabs_offset - lay.turns_offset + slab * lay.segment_slab_bytes
+        return [base + (layer * lay.kv_heads + head) * lay.slab_bytes for head in self._heads]
+
+
+def drift(moment: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """How far out queries are in the metric of a second moment; 1 for the queries that the moment is of.
+
+    Args:
+        moment: (H, d, d). queries: (H, m, d).
+
+    Returns:
+        (H,) mean of ``q^T moment^-1 q / d``.
+    """
+    dim = moment.shape[-1]
+    whole = moment.double().numpy()
+    level = np.trace(whole, axis1=1, axis2=2) / dim * 1e-3
+    whole = whole + level[:, None, None] * np.eye(dim)
+    rows = queries.double().numpy()
+    solved = np.linalg.solve(whole, rows.swapaxes(1, 2)).swapaxes(1, 2)  # torch's: see Spaces.of
+    return torch.from_numpy((rows * solved).sum(-1).mean(-1) / dim)
