@@ -55,7 +55,7 @@ def evaluate_modes(
     model: Annotated[str | None, typer.Option(help="Model folder or name; with --url the served name.")] = None,
     modes: Annotated[
         str, typer.Option(help="full, none, flat, ivf, hnsw, roar, attention; full always runs, as the first.")
-    ] = "full,none,flat",
+    ] = "full,none,flat,attention",
     tasks: Annotated[
         str, typer.Option(help="planted, multikey, multivalue, variables, frequent, prose; default: all.")
     ] = "",

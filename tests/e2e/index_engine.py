@@ -16,7 +16,7 @@ from vllm_retrieval_attn.demo import DOCUMENTS
 def main(out: Path) -> None:
     engine = InProcessEngine(
         str(smollm2()),
-        {"segment_tokens": 512, "host_memory_gb": 1, "poison_freed": True},
+        {"segment_tokens": 512, "host_memory_gb": 1, "poison_freed": True, "fidelity": 1.0},
         settle=True,
         max_model_len=8192,
         max_num_batched_tokens=1024,
@@ -49,6 +49,7 @@ def main(out: Path) -> None:
     deadline = time.monotonic() + 10
     while engine.worker().stats()["restarts"] == 0 and time.monotonic() < deadline:
         time.sleep(0.1)
+    found["fidelity"] = engine.worker().stats()["fidelity"]
     found["left"] = {key: engine.worker().stats()[key] for key in ("host_bytes", "index_bytes", "segments_waiting")}
     engine.close()
     out.write_text(json.dumps(found))

@@ -1,25 +1,23 @@
 """Hybrid models: global layers use our backend, sliding-window layers vLLM's own; tokens stay the same."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
+from tests.e2e.conftest import EngineRun
 from tests.e2e.hybrid import make_model
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = make_model(tmp_path_factory.mktemp("gemma3"))
-    results = {}
+def engine_runs(folder):
+    model, runs = make_model(folder / "gemma3"), {}
     for backend in ("CPU_ATTN", "retrieval"):
-        out = folder / f"{backend}.json"
-        command = [sys.executable, "-m", "tests.e2e.hybrid", str(folder), str(out), backend]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        results[backend] = json.loads(out.read_text())
-    return results
+        out = folder / f"hybrid-{backend}.json"
+        arguments = (str(model), str(out), backend)
+        runs[f"hybrid {backend}"] = EngineRun(35, out, "tests.e2e.hybrid", arguments)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def found(engine_run):
+    return {backend: engine_run(f"hybrid {backend}") for backend in ("CPU_ATTN", "retrieval")}
 
 
 def test_only_global_layers_use_retrieval(found):

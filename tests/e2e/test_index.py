@@ -1,19 +1,18 @@
 """The default index, live in the engine: the demo's questions, exact on request, and a worker that dies."""
 
-import json
-import subprocess
-import sys
-
 import pytest
+
+from tests.e2e.conftest import EngineRun
+
+
+def engine_runs(folder):
+    out = folder / "index.json"
+    return {"index": EngineRun(105, out, "tests.e2e.index_engine", (str(out),))}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    out = tmp_path_factory.mktemp("index") / "found.json"
-    command = [sys.executable, "-m", "tests.e2e.index_engine", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads(out.read_text())
+def found(engine_run):
+    return engine_run("index")
 
 
 def test_the_demos_questions_are_answered_through_the_index(found):
@@ -31,3 +30,11 @@ def test_the_index_outlives_a_worker_that_dies(found):
 
 def test_nothing_is_left(found):
     assert found["left"] == {"host_bytes": 0, "index_bytes": 0, "segments_waiting": 0}
+
+
+def test_sampled_steps_are_compared_with_exact_search(found):
+    assert list(found["fidelity"]) == ["layers 0-7", "layers 8-15", "layers 16-22", "layers 23-29"]
+    for figures in found["fidelity"].values():
+        assert figures["recall"] > 0.8
+        assert 0.5 < figures["mass"] <= 1
+        assert 0 < figures["output_error"] < 0.1

@@ -1,29 +1,28 @@
 """`flat` gives the greedy tokens of vLLM's own CPU backend, in float32."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
+from tests.e2e.conftest import EngineRun
 
-def tokens(tmp_path_factory, *arguments):
-    out = tmp_path_factory.mktemp("parity") / "tokens.json"
-    command = [sys.executable, "-m", "tests.e2e.parity", str(out), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads(out.read_text())
+
+def engine_runs(folder):
+    runs = {}
+    for backend, chunk, seconds in (("CPU_ATTN", "2048", 65), ("retrieval", "256", 130), ("retrieval", "2048", 110)):
+        out = folder / f"parity-{backend}-{chunk}.json"
+        arguments = (str(out), backend, chunk)
+        runs[f"parity {backend} {chunk}"] = EngineRun(seconds, out, "tests.e2e.parity", arguments)
+    return runs
 
 
 @pytest.fixture(scope="module")
-def full_attention(tmp_path_factory):
+def full_attention(engine_run):
     """Eight prompts at once: 100, 700, 3,000 and 7,500 tokens, and four shorter ones; 64 tokens each."""
-    return tokens(tmp_path_factory, "CPU_ATTN", "2048")["together"]
+    return engine_run("parity CPU_ATTN 2048")["together"]
 
 
 @pytest.mark.parametrize("chunk", ["256", "2048"])
-def test_eight_at_once_and_alone(full_attention, tmp_path_factory, chunk):
-    got = tokens(tmp_path_factory, "retrieval", chunk)
+def test_eight_at_once_and_alone(full_attention, engine_run, chunk):
+    got = engine_run(f"parity retrieval {chunk}")
     assert got["together"] == full_attention
     assert got["alone"] == full_attention[: len(got["alone"])]
     assert len(got["alone"]) >= 3
