@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
 from vllm_retrieval_attn.attention.fidelity import DecodeSampler
 from vllm_retrieval_attn.attention.plan import StepPlan, make_plan
 from vllm_retrieval_attn.attention.statistics import QueryStatistics
@@ -142,6 +143,10 @@ class RetrievalWorker:
             self.statistics = QueryStatistics(layout, self.arena.views, device)
             for slot in range(layout.max_rows):
                 self.statistics.forget(slot)
+            if self.cuda is not None and config.index == "attention" and config.build_on == "gpu":
+                self.arena.index.device_builder = DeviceBuilder(
+                    layout, self.arena.views, self.arena.pages, device, layer.impl.scale, config.budget or 0.0
+                )
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity, self._refresh)
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
@@ -335,6 +340,8 @@ class RetrievalWorker:
             _current = None
         if self.hosted:
             begin = time.monotonic()
+            if self.arena.index.device_builder is not None:
+                self.arena.index.device_builder.stop()
             if self.cuda is not None:
                 self.cuda.close()
             self.arena.close()  # first: vLLM gives a worker few seconds to go

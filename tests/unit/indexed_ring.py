@@ -37,7 +37,8 @@ class IndexedRing(Ring):
 
     def make_work(self, actor):
         if self.kind == "attention":
-            return SlabWork(self.layout, self.views, actor, self.scale, 0.0)
+            heads = list(range(actor, self.layout.kv_heads, self.layout.actors))
+            return SlabWork(self.layout, self.views, heads, self.scale, 0.0)
         return LibraryIndexes(self.layout, self.views, actor, self.kind, self.scale)
 
     def start(self, actor, thread):

@@ -35,7 +35,7 @@ def refusal(call) -> str:
         ({"sink_tokens": 1.5}, "sink_tokens"),
         ({"segment_tokens": 100}, "segment_tokens"),
         ({"segment_tokens": 0}, "segment_tokens"),
-        ({"index": "ivf"}, "index"),
+        ({"index": "lsh"}, "index"),
         ({"host_memory_gb": 0}, "host_memory_gb"),
         ({"host_memory_gb": [1]}, "host_memory_gb"),
         ({"workers": 0}, "workers"),

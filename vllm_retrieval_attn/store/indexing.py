@@ -7,6 +7,7 @@ dropped; one that a builder is writing at that moment is not given away again un
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from vllm_retrieval_attn.store.layout import (
 from vllm_retrieval_attn.store.segments import RequestStore, Segment, SegmentState
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.sync import full_fence
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
 
 
 @dataclass
@@ -39,6 +43,7 @@ class IndexQueue:
 
     Attributes:
         queued, built: builds ever queued and finished. refreshes: segments whose calibration was put in question.
+        device_builder: builds in place of the CPU workers if it is there.
     """
 
     def __init__(self, layout: Layout, views: Views) -> None:
@@ -50,6 +55,7 @@ class IndexQueue:
         self._busy_since = 0.0
         self._built_then = 0
         self.queued = self.built = self.refreshes = 0
+        self.device_builder: DeviceBuilder | None = None
         views.generations[:] = 0
         views.built[:] = 0
         for actor in range(layout.actors):
@@ -90,7 +96,8 @@ class IndexQueue:
             build = Build(store, segment, slab, self._generation)
             store.slabs[segment.number] = slab
             views.generations[slab] = build.generation
-            self._post(build.generation, store.slot, segment.number, slab, JOB_BUILD)
+            post = self._post if self.device_builder is None else self.device_builder.post
+            post(build.generation, store.slot, segment.number, slab, JOB_BUILD)
             self._pending.append(build)
             self.queued += 1
 
@@ -119,6 +126,8 @@ class IndexQueue:
     def _take_slab(self) -> int | None:
         views = self._views
         busy = {int(views.words[views.actor_word(a, ACTOR_SLAB)]) for a in range(self._layout.actors)}
+        if self.device_builder is not None:
+            busy.add(self.device_builder.busy)
         for place in range(len(self._free) - 1, -1, -1):
             if self._free[place] not in busy:
                 return self._free.pop(place)

@@ -54,7 +54,8 @@ class SearchActor:
         else:
             self._lanes = [Lane(layout, views, actor, t, scale, spin_ns) for t in range(layout.threads)]
             if layout.slabs:
-                work, attended = SlabWork(layout, views, actor, scale, share), AttendedRows(layout, views, scale)
+                heads = list(range(actor, layout.kv_heads, layout.actors))
+                work, attended = SlabWork(layout, views, heads, scale, share), AttendedRows(layout, views, scale)
         for lane in self._lanes:
             lane.start()
         for lane in self._lanes:

@@ -30,84 +30,98 @@ def segment_rows(memory: torch.Tensor, pages: torch.Tensor, layer: int, heads: l
 
 
 class SlabWork:
-    """For workers/builder.py, see there.
+    """For workers/builder.py, see there; and for attention/cuda_builder.py, which builds several layers at once.
 
     Args:
-        layout, views: the shared file of the rank. actor: which share of the KV heads.
+        layout, views: the shared file of the rank. heads: KV heads to build for.
         scale: softmax scale. share: of keys to scan; 0: calibrate for each KV head.
     """
 
-    def __init__(self, layout: Layout, views: Views, actor: int, scale: float, share: float) -> None:
+    def __init__(self, layout: Layout, views: Views, heads: list[int], scale: float, share: float) -> None:
         self._layout, self._views, self._scale, self._share = layout, views, scale, share
         self._shape = SegmentShape(layout.segment_tokens, layout.dim)
-        self._heads = list(range(actor, layout.kv_heads, layout.actors))
+        self._heads = heads
         self._pages = torch_pages(layout, views)
         self._index = torch.from_numpy(views.index8).view(torch.uint8)
 
     def build(self, layer: int, pages: torch.Tensor, job: Job) -> None:
-        lay = self._layout
+        self.build_layers(range(layer, layer + 1), segment_rows(self._pages, pages, layer, self._heads), job)
+
+    def build_layers(self, layers: range, rows: torch.Tensor, job: Job) -> None:
+        """Write the slabs of some layers.
+
+        Args:
+            rows: (len(layers) * heads, 2, tokens, d) float32 keys and values, on the device to build on.
+        """
+        lay, device = self._layout, rows.device
         table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
-        heads = len(self._heads)
-        rows = segment_rows(self._pages, pages, layer, self._heads)
-        moment, queries, lse = self._statistics(layer, table)
-        turns, memory = self._turns(layer, table), self._index[: lay.slabs_offset - lay.turns_offset]
+        moment, queries, lse = (part.to(device) for part in self._statistics(layers, table))
+        turns = self._turns(layers, table)
         size = lay.dim * lay.dim
         if job[JOB_SEGMENT] == 0:
             spaces = make_spaces(rows[:, 0], moment)
-            for turn, matrix in zip(turns.tolist(), spaces.to_queries, strict=True):
-                memory.view(torch.bfloat16)[turn : turn + size] = matrix.bfloat16().reshape(-1)
+            memory = self._index[: lay.slabs_offset - lay.turns_offset].view(torch.bfloat16)
+            for turn, matrix in zip(turns.tolist(), spaces.to_queries.bfloat16().cpu(), strict=True):
+                memory[turn : turn + size] = matrix.reshape(-1)
         else:
-            spaces = self._spaces(turns)
-        slabs = torch.empty(heads, lay.slab_bytes, dtype=torch.uint8)
+            spaces = self._spaces(turns, device)
+        slabs = torch.zeros(len(rows), lay.slab_bytes, dtype=torch.uint8, device=device)
         build_segment(self._shape, rows[:, 0], rows[:, 1], spaces, turns, slabs, self._share or 1.0)
         if not self._share:
             shares = calibrated_share(self._shape, slabs, rows[:, 0], spaces, queries * self._scale, lse)
             slabs[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
-        for begin, own in zip(self._slab_starts(layer, slab), slabs, strict=True):
+        for begin, own in zip(self._slab_starts(layers, slab), slabs.cpu(), strict=True):
             self._index[begin : begin + lay.slab_bytes] = own
 
     def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
+        layers = range(layer, layer + 1)
         table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
-        moment, queries, lse = self._statistics(layer, table)
+        moment, queries, lse = self._statistics(layers, table)
         drifted = (drift(moment, queries) > DRIFT) & (lse > -torch.inf).all(1)
         if self._share or not drifted.any():
             return
         size = self._layout.slab_bytes
-        starts = self._slab_starts(layer, slab)
+        starts = self._slab_starts(layers, slab)
         slabs = torch.stack([self._index[begin : begin + size] for begin in starts])
         keys = segment_rows(self._pages, pages, layer, self._heads)[:, 0]
-        spaces = self._spaces(self._turns(layer, table))
+        spaces = self._spaces(self._turns(layers, table))
         shares = calibrated_share(self._shape, slabs, keys, spaces, queries * self._scale, lse)
         for begin, share, moved in zip(starts, shares, drifted, strict=True):
             if moved:  # eight aligned bytes: a search sees the old share or the new one
                 self._views.index64[begin // 8 + HEAD_SHARE] = float(share)
 
-    def _statistics(self, layer: int, table: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(H, d, d) moment, (H, m, d) sampled queries, unscaled, and their (H, m) LSE, m = group * samples."""
+    def _statistics(self, layers: range, table: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(H, d, d) moment, (H, m, d) sampled queries, unscaled, and their (H, m) LSE, m = group * samples; H counts
+        layers and KV heads."""
         lay, views = self._layout, self._views
         moments, samples, lse = (
-            torch.from_numpy(part[table, layer][self._heads])
+            torch.from_numpy(part[table, layers.start : layers.stop][:, self._heads])
             for part in (views.moments, views.samples, views.sample_lse)
         )
-        return moments, samples.reshape(len(self._heads), -1, lay.dim), lse.reshape(len(self._heads), -1)
+        return (
+            moments.flatten(0, 1),
+            samples.reshape(-1, lay.group * lay.samples, lay.dim),
+            lse.flatten(2).flatten(0, 1),
+        )
 
-    def _turns(self, layer: int, table: int) -> torch.Tensor:
+    def _turns(self, layers: range, table: int) -> torch.Tensor:
         """(H,) where the transforms lie, in elements."""
         lay = self._layout
-        numbers = [(table * lay.layers + layer) * lay.kv_heads + head for head in self._heads]
+        numbers = [(table * lay.layers + layer) * lay.kv_heads + head for layer in layers for head in self._heads]
         return torch.tensor(numbers) * (lay.dim * lay.dim)
 
-    def _spaces(self, turns: torch.Tensor) -> Spaces:
+    def _spaces(self, turns: torch.Tensor, device: torch.device | str = "cpu") -> Spaces:
         lay = self._layout
         memory = self._index[: lay.slabs_offset - lay.turns_offset].view(torch.bfloat16)
         size = lay.dim * lay.dim
-        return Spaces.of(torch.stack([memory[t : t + size].float().view(lay.dim, lay.dim) for t in turns.tolist()]))
+        found = torch.stack([memory[t : t + size].view(lay.dim, lay.dim) for t in turns.tolist()])
+        return Spaces.of(found.to(device).float())
 
-    def _slab_starts(self, layer: int, slab: int) -> list[int]:
+    def _slab_starts(self, layers: range, slab: int) -> list[int]:
         lay = self._layout
         base = lay.slabs_offset - lay.turns_offset + slab * lay.segment_slab_bytes
-        return [base + (layer * lay.kv_heads + head) * lay.slab_bytes for head in self._heads]
+        return [base + (layer * lay.kv_heads + head) * lay.slab_bytes for layer in layers for head in self._heads]
 
 
 def drift(moment: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,32 @@
+"""Indexes built on the GPU answer as those built on the CPU do."""
+
+import pytest
+import torch
+
+from tests.unit.indexed_ring import layout
+from tests.unit.test_device_builder import DeviceRing
+from vllm_retrieval_attn.store.layout import ROW_BUDGET, ROW_RERANK, ROW_TAIL
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_full_budget_over_segments_built_on_the_gpu_equals_brute_force(dim):
+    shape = layout(kv_heads=2, group=2, dim=dim, dtype="bfloat16")
+    ring = DeviceRing(shape, "bfloat16", "cuda", layers_at_once=2)
+    try:
+        message, stored = ring.fill(1, [1000, 700], 3)
+        ring.pages[:, 0] = 0.0
+        ring.index_rows(message)
+        message[:, ROW_BUDGET], message[:, ROW_RERANK], message[:, ROW_TAIL] = 999_999, 1 << 20, 1
+        ring.start_all()
+        ring.client.post(1, message)
+        got, got_lse = ring.collect(2)
+        want, want_lse = ring.wanted(message, stored)
+        torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(got_lse.double(), want_lse, atol=1e-4, rtol=1e-4)
+    finally:
+        ring.close()

@@ -1,0 +1,99 @@
+"""The builder that the vLLM worker runs itself: the same slabs as the CPU workers', on whatever device."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.indexed_ring import IndexedRing, layout
+from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
+from vllm_retrieval_attn.store.layout import ACTOR_JOBS, WORD_JOBS
+
+
+class DeviceRing(IndexedRing):
+    """Builds with a DeviceBuilder."""
+
+    def __init__(self, shape, dtype="float32", device="cpu", layers_at_once=1):
+        super().__init__(shape, dtype)
+        self.device = DeviceBuilder(shape, self.views, self.pages, torch.device(device), self.scale, 0.0)
+        self.device.layers_at_once = layers_at_once
+        self.index.device_builder = self.device
+
+    def run_builders(self):
+        deadline = time.monotonic() + 120
+        while self.index.pending and time.monotonic() < deadline:
+            self.index.poll()
+            time.sleep(0.002)
+
+    def close(self):
+        self.device.stop()
+        self.device._views = self.device._pages = self.device._work = None
+        self.index.device_builder = None
+        super().close()
+
+
+def slabs_of(ring, statistics):
+    message, _ = ring.fill(1, [700, 300], 4)
+    ring.pages[:, 0] = torch.randn(ring.pages[:, 0].shape, generator=torch.Generator().manual_seed(2)).to(
+        ring.pages.dtype
+    )
+    ring.fill_statistics = lambda: None
+    ring.views.statistics[:] = statistics
+    ring.index_rows(message)
+    lay = ring.layout
+    found = []
+    for store in ring.stores:
+        for slab in store.slabs.values():
+            begin = lay.slabs_offset - lay.turns_offset + slab * lay.segment_slab_bytes
+            found.append(ring.views.index8[begin : begin + lay.segment_slab_bytes].copy())
+    jobs = int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)])
+    return np.stack(found), ring.views.index16[: (lay.slabs_offset - lay.turns_offset) // 2].copy(), jobs
+
+
+@pytest.fixture
+def statistics():
+    shape = layout(kv_heads=2, group=2, dim=16, dtype="bfloat16")
+    random = np.random.default_rng(3)
+    rows = random.standard_normal((shape.max_rows, LAYERS, 2, shape.head_statistics)).astype(np.float32)
+    half = rows[..., :256].reshape(shape.max_rows, LAYERS, 2, 16, 16)
+    rows[..., :256] = (half @ half.swapaxes(-1, -2)).reshape(*rows.shape[:3], 256)
+    rows[..., -8:] += 8  # LSE
+    return rows
+
+
+LAYERS = 2
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 2])
+def test_the_slabs_are_those_of_the_cpu_workers(statistics, layers_at_once):
+    shape = layout(kv_heads=2, group=2, dim=16, dtype="bfloat16")
+    ring = IndexedRing(shape, "bfloat16")
+    try:
+        want, want_turns, jobs = slabs_of(ring, statistics)
+        assert jobs == ring.views.words[WORD_JOBS] == 3
+    finally:
+        ring.close()
+    ring = DeviceRing(shape, "bfloat16", layers_at_once=layers_at_once)
+    try:
+        got, got_turns, jobs = slabs_of(ring, statistics)
+        assert jobs == 0
+    finally:
+        ring.close()
+    np.testing.assert_array_equal(got_turns, want_turns)
+    assert (got != want).mean() < 1e-3  # sums over another batch shape may round differently
+
+
+def test_a_build_whose_request_ended_is_dropped():
+    ring = DeviceRing(layout(kv_heads=1, dim=16))
+    try:
+        ring.fill_statistics()
+        message, _ = ring.fill(0, [300], 1)
+        ring.device.post(5, int(message[0, 0]), 0, 3, 0)  # no slab has generation 5
+        deadline = time.monotonic() + 30
+        while not ring.device._queue.empty() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert (ring.views.built == 0).all()
+        assert ring.device.is_alive()
+    finally:
+        ring.close()
