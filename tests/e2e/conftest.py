@@ -40,7 +40,7 @@ def run(item: EngineRun, cores: "Queue[int]") -> Any:
             text=True,
             check=False,
             timeout=LIMIT_S,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(core)},
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"},
         )
     finally:
         cores.put(core)
