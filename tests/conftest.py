@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported: engines in this process
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # other engines run beside: tests/engines.py
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+from tests.engines import engine_run, pytest_collection_modifyitems, started  # noqa: E402, F401

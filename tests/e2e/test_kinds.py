@@ -1,13 +1,13 @@
-"""Every kind of index in the served engine, side by side: the table of `vllm-retrieval eval`."""
+"""Kinds of index in the served engine, side by side: the table of `vllm-retrieval eval`."""
 
 import json
 
 import pytest
 
-from tests.e2e.conftest import EngineRun
+from tests.engines import EngineRun
 from vllm_retrieval_attn.bench.models import smollm2
 
-MODES = ("full", "ivf", "hnsw", "roar")
+MODES = ("full", "ivf", "roar")
 
 
 def engine_runs(folder):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import SHARED
-from tests.e2e.conftest import EngineRun
+from tests.engines import EngineRun
 from vllm_retrieval_attn.bench.models import smollm2_64k
 from vllm_retrieval_attn.ownership import resident_blocks_bound
 

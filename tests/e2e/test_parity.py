@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.conftest import EngineRun
+from tests.engines import EngineRun
 
 
 def engine_runs(folder):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -57,9 +58,9 @@ def server(tmp_path_factory):
     dead.wait()
     stale = SHM / f"vllm-retrieval-{dead.pid}-12345-r0"
     stale.write_bytes(b"x")
-    before = ours()  # of other engines on this machine
     server = Server(tmp_path_factory.mktemp("serve") / "log")
-    server.files = ours() - before
+    family = [server.process.pid] + [child.pid for child in psutil.Process(server.process.pid).children(recursive=True)]
+    server.files = {file for file in ours() if int(file.name.split("-")[2]) in family}  # other engines have theirs
     assert not stale.exists(), "the next start removes the file of a killed server"
     yield server
     with contextlib.suppress(ProcessLookupError):

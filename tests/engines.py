@@ -1,7 +1,8 @@
-"""Engines that tests look at from outside: processes, started ahead and two at a time, each with a core of its own.
+"""Engines that tests look at from outside: processes, started ahead, each on a core of its own.
 
-An engine on a small machine computes on one core and starts for half a minute; one after the other they would take
-most of the time of all tests. A module that wants some has a function ``engine_runs(folder)``.
+An engine starts for half a minute and computes for minutes on a small machine. So one runs beside the tests that want
+none of them, and two as soon as only tests are left that do. A module that wants some has a function
+``engine_runs(folder)``.
 """
 
 import json
@@ -17,7 +18,6 @@ from typing import Any
 
 import pytest
 
-AT_ONCE = 2
 LIMIT_S = 1500
 
 
@@ -48,22 +48,33 @@ def run(item: EngineRun, cores: "Queue[int]") -> Any:
     return json.loads(item.out.read_text())
 
 
-@pytest.fixture(scope="session")
-def engine_run(
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for engines come last."""
+    items.sort(key=lambda item: "engine_run" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Any]]:
-    """What the run of that name wrote, of all that the selected modules have."""
+) -> Iterator[tuple[dict[str, Future[Any]], Callable[[], None]]]:
+    """The runs of all selected modules by name, and what to call when the tests leave the second core."""
     folder = tmp_path_factory.mktemp("engines")
     wanted: dict[str, EngineRun] = {}
     for module in dict.fromkeys(item.module for item in request.session.items):
         wanted.update(getattr(module, "engine_runs", lambda folder: {})(folder))
     cores: Queue[int] = Queue()
-    usable = sorted(os.sched_getaffinity(0))
-    for core in (usable * AT_ONCE)[:AT_ONCE]:
-        cores.put(core)
-    pool = ThreadPoolExecutor(AT_ONCE)
-    runs: dict[str, Future[Any]] = {
-        name: pool.submit(run, item, cores) for name, item in sorted(wanted.items(), key=lambda pair: -pair[1].seconds)
-    }
-    yield lambda name: runs[name].result()
-    pool.shutdown(cancel_futures=True)
+    first, *others = sorted(os.sched_getaffinity(0))
+    cores.put(first)
+    with ThreadPoolExecutor(2) as pool:
+        longest_first = sorted(wanted.items(), key=lambda pair: -pair[1].seconds)
+        runs = {name: pool.submit(run, item, cores) for name, item in longest_first}
+        yield runs, lambda: cores.put(others.pop()) if others else None
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def engine_run(started: tuple[dict[str, Future[Any]], Callable[[], None]]) -> Callable[[str], Any]:
+    """What the run of that name wrote."""
+    runs, second_core = started
+    second_core()
+    return lambda name: runs[name].result()
