@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.engines import EngineRun
 from tests.e2e.hybrid import make_model
+from tests.engines import EngineRun
 
 
 def engine_runs(folder):
