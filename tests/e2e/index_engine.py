@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -11,6 +12,28 @@ from vllm_retrieval_attn.bench.engine import InProcessEngine
 from vllm_retrieval_attn.bench.models import smollm2
 from vllm_retrieval_attn.bench.needles import questions
 from vllm_retrieval_attn.demo import DOCUMENTS
+
+
+def disturbed(engine: InProcessEngine, asked: list, greedy: dict) -> list[bool]:
+    """Which questions are answered right while other requests come, are indexed and are aborted at random."""
+    chance = random.Random(3)
+    engine._settle = False  # builds run beside
+    questions = {engine.add(question.prompt, **greedy): question for question in asked}
+    right = dict.fromkeys(questions, False)
+    others: dict[str, int] = {}
+    for step, outputs in enumerate(engine.steps()):
+        for output in outputs:
+            if output.request_id in questions:
+                right[output.request_id] = questions[output.request_id].number in output.outputs[0].text
+        for name in [name for name, until in others.items() if until <= step]:
+            engine.engine.abort_request([name])
+            del others[name]
+        if len(others) < 2 and step < 40:
+            tokens = asked[0].prompt[: chance.randrange(700, 2500)]
+            name = engine.add(tokens, temperature=0, max_tokens=200, ignore_eos=True)
+            others[name] = step + chance.randrange(1, 12)
+    engine.drain()
+    return list(right.values())
 
 
 def main(out: Path) -> None:
@@ -28,13 +51,12 @@ def main(out: Path) -> None:
     greedy = {"temperature": 0, "max_tokens": 28}
     tokenizer = engine.llm.get_tokenizer()
     asked = [question for length, seed in DOCUMENTS for question in questions(tokenizer, length, 1, seed)]
-    found = {"right": [], "restarted": None}
-    for question in asked:
-        found["right"].append(question.number in engine.run([question.prompt], **greedy)[0].text)
+    found = {"restarted": None}
+    answers = [engine.run([question.prompt], **greedy)[0] for question in asked]
+    found["right"] = [question.number in answer.text for question, answer in zip(asked, answers, strict=True)]
     found["indexed"] = engine.worker().stats()["segments_indexed"]
     # A budget of 1 is exact attention, whatever the index holds.
-    prompt = asked[0].prompt
-    indexed = engine.run([prompt], **greedy)[0]
+    prompt, indexed = asked[0].prompt, answers[0]
     exact = engine.run([prompt], extra_args={"retrieval_budget": 1.0}, **greedy)[0]
     found["exact_right"] = asked[0].number in exact.text
     found["same"] = indexed.tokens == exact.tokens
@@ -49,6 +71,7 @@ def main(out: Path) -> None:
     deadline = time.monotonic() + 10
     while engine.worker().stats()["restarts"] == 0 and time.monotonic() < deadline:
         time.sleep(0.1)
+    found["disturbed"] = disturbed(engine, asked[:1], greedy)
     found["fidelity"] = engine.worker().stats()["fidelity"]
     found["left"] = {key: engine.worker().stats()[key] for key in ("host_bytes", "index_bytes", "segments_waiting")}
     engine.close()

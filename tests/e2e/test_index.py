@@ -28,6 +28,10 @@ def test_the_index_outlives_a_worker_that_dies(found):
     assert found["restarted"]
 
 
+def test_aborted_requests_disturb_nobody(found):
+    assert found["disturbed"] == [True]
+
+
 def test_nothing_is_left(found):
     assert found["left"] == {"host_bytes": 0, "index_bytes": 0, "segments_waiting": 0}
 

@@ -7,7 +7,7 @@ import pytest
 from tests.engines import EngineRun
 from vllm_retrieval_attn.bench.models import smollm2
 
-MODES = ("full", "ivf", "roar")
+MODES = ("full", "roar")
 
 
 def engine_runs(folder):

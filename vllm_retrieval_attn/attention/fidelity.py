@@ -8,6 +8,7 @@ oldest first, by those of what is being generated. After a full round the builde
 fits (workers/builder.py).
 """
 
+import logging
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,12 @@ if TYPE_CHECKING:
 NOTE_EVERY = 32
 RUNNING = 50
 """The running figures are means of about so many probes."""
+TELL_EVERY = 20
+"""Probes from one log line to the next."""
 LAYER_GROUPS = 4
 """Figures are told for so many groups of neighbouring layers."""
+
+logger = logging.getLogger("vllm.retrieval")
 
 Floats = npt.NDArray[np.float32]
 
@@ -145,6 +150,12 @@ class DecodeSampler:
         means = sums[:, [FIDELITY_RECALL, FIDELITY_MASS, FIDELITY_ERROR]] / sums[:, [FIDELITY_HEADS]]
         self.probes += 1
         self._figures += (means - self._figures) / min(self.probes, RUNNING)
+        if self.probes % TELL_EVERY == 1:
+            told = "; ".join(
+                f"{layers} recall@100 {of['recall']:.3f} mass {of['mass']:.3f} error {of['output_error']:.4f}"
+                for layers, of in self.figures().items()
+            )
+            logger.info("retrieval: against exact search, mean of the last %d: %s", min(self.probes, RUNNING), told)
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Running means by group of layers: recall@100, mass attended to exactly, output_error; empty before the
