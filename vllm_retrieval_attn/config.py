@@ -38,7 +38,7 @@ class RetrievalConfig(BaseModel):
     budget: float | None = Field(None, gt=0, le=1)
     """Share of the indexed keys that a decode step scans; 1: exact attention over all keys. Default: calibrated for
     each KV head when a segment is sealed; with ``ivf``, ``hnsw`` and ``roar`` 0.1."""
-    rerank: int = Field(400, ge=1, le=1 << 20)
+    rerank: int = Field(800, ge=1, le=1 << 20)
     """Indexed keys that a decode step attends to exactly, for each KV head."""
     tail: bool = True
     """Whether to estimate the share of the keys that are not attended to exactly."""

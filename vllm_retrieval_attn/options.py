@@ -20,7 +20,7 @@ class SearchOptions:
     """
 
     budget: float = 0.0
-    rerank: int = 400
+    rerank: int = 800
     tail: bool = True
 
 

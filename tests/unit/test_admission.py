@@ -9,7 +9,7 @@ from vllm_retrieval_attn.admission import check_request
 from vllm_retrieval_attn.options import SearchOptions, search_options
 
 CONFIG = SimpleNamespace(
-    longest_request=1000, host_memory_gb=1.0, index="attention", budget=None, rerank=400, tail=True
+    longest_request=1000, host_memory_gb=1.0, index="attention", budget=None, rerank=800, tail=True
 )
 
 
@@ -81,6 +81,6 @@ def test_arguments_without_an_index_to_search_are_refused():
 
 
 def test_options_are_the_knobs_and_what_a_request_overrides():
-    assert search_options(CONFIG, {"kv_transfer_params": {}}) == SearchOptions(0.0, 400, True)
+    assert search_options(CONFIG, {"kv_transfer_params": {}}) == SearchOptions(0.0, 800, True)
     given = {"retrieval_budget": 0.25, "retrieval_rerank": 64, "retrieval_tail": 0}
     assert search_options(CONFIG, given) == SearchOptions(0.25, 64, False)

@@ -19,7 +19,7 @@ from vllm_retrieval_attn.index.search import COUNT_EXACT, COUNT_KEYS, MAX_NODES,
 from vllm_retrieval_attn.index.segment import HEAD_SHARE, SegmentShape
 
 SEGMENT_TOKENS = 8192
-RERANK = 400
+RERANK = 800
 CALIBRATION = 48
 """Prompt queries that the share to scan is calibrated with."""
 
