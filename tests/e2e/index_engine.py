@@ -39,7 +39,7 @@ def disturbed(engine: InProcessEngine, asked: list, greedy: dict) -> list[bool]:
 def main(out: Path) -> None:
     engine = InProcessEngine(
         str(smollm2()),
-        {"segment_tokens": 512, "host_memory_gb": 1, "poison_freed": True, "fidelity": 1.0},
+        {"segment_tokens": 512, "host_memory_gb": 1, "poison_freed": True, "fidelity": 0.1},
         settle=True,
         max_model_len=8192,
         max_num_batched_tokens=1024,

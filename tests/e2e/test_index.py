@@ -7,7 +7,7 @@ from tests.engines import EngineRun
 
 def engine_runs(folder):
     out = folder / "index.json"
-    return {"index": EngineRun(105, out, "tests.e2e.index_engine", (str(out),))}
+    return {"index": EngineRun(220, out, "tests.e2e.index_engine", (str(out),))}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def engine_runs(folder):
     arguments = ("eval", "--model", str(smollm2()), "--modes", ",".join(MODES), "--tasks", "planted,prose")
     arguments += ("--lengths", "1400", "--count", "1", "--score-tokens", "8", "--seed", "2")
     arguments += ("--options", json.dumps(options), "--json", str(out))
-    return {"kinds": EngineRun(110, out, "vllm_retrieval_attn.cli", arguments)}
+    return {"kinds": EngineRun(60, out, "vllm_retrieval_attn.cli", arguments)}
 
 
 @pytest.fixture(scope="module")

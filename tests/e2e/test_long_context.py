@@ -24,7 +24,7 @@ def engine_runs(folder):
     if model is None:
         return {}
     runs = {}
-    for mode, length, count, seconds in (("attention", 16_000, 1, 140), ("none", 3_000, 2, 45)):
+    for mode, length, count, seconds in (("attention", 16_000, 1, 260), ("none", 3_000, 2, 45)):
         out = folder / f"long-{mode}.json"
         arguments = ("--model", str(model), "--mode", mode, "--length", str(length), "--count", str(count))
         arguments += ("--at-once", str(count), "--tokens", "10", "--options", json.dumps(OPTIONS), "--json", str(out))

@@ -7,7 +7,7 @@ from tests.engines import EngineRun
 
 def engine_runs(folder):
     runs = {}
-    for backend, chunk, seconds in (("CPU_ATTN", "2048", 65), ("retrieval", "256", 130), ("retrieval", "2048", 110)):
+    for backend, chunk, seconds in (("CPU_ATTN", "2048", 100), ("retrieval", "256", 180), ("retrieval", "2048", 250)):
         out = folder / f"parity-{backend}-{chunk}.json"
         arguments = (str(out), backend, chunk)
         runs[f"parity {backend} {chunk}"] = EngineRun(seconds, out, "tests.e2e.parity", arguments)

@@ -7,6 +7,9 @@ noise of equal size in every dimension causes, summed over both sides. R is a ra
 alike.
 """
 
+from functools import cache
+
+import numpy as np
 import torch
 
 RIDGE = 1e-3
@@ -14,7 +17,10 @@ RIDGE = 1e-3
 
 
 def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
+    if matrix.device.type == "cpu":  # by NumPy: see Spaces.of in index/build.py
+        values, vectors = (torch.from_numpy(part) for part in np.linalg.eigh(matrix.numpy()))
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)
     return (vectors * values.pow(exponent)[..., None, :]) @ vectors.mT
 
@@ -26,10 +32,11 @@ def _ridged(matrix: torch.Tensor) -> torch.Tensor:
     )
 
 
+@cache
 def rotation(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """A fixed random orthogonal matrix, (dim, dim) float64."""
     noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.linalg.qr(noise)[0].to(device)
+    return torch.from_numpy(np.linalg.qr(noise.numpy())[0]).to(device)
 
 
 def balanced(keys: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
