@@ -10,4 +10,5 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
+# E402: after the environment above, which vLLM reads when it is imported. F401: pytest finds them by their names here.
 from tests.engines import engine_run, pytest_collection_modifyitems, started  # noqa: E402, F401

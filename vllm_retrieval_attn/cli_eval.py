@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vllm_retrieval_attn.cli_progress import counting_progress
 
 
 def register(app: typer.Typer) -> None:
@@ -109,14 +110,7 @@ def _run(console: Console, starts: Any, settings: Any, out: Path | None) -> list
     from vllm_retrieval_attn.bench import evaluate as runs
 
     rows: list[runs.Row] = []
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with counting_progress(console) as progress:
         bar = progress.add_task("", total=runs.steps(starts, settings))
 
         def advance(what: str, done: int) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from vllm_retrieval_attn.cli_progress import counting_progress
 
 _LEGEND = """\
 recall: @100, of the keys attended to exactly; worst: mass of the worst head; error: of the merged output.
@@ -42,18 +43,11 @@ def index_study(
 
     # A terminal's width is the user's business; a file or a pipe gets whole lines.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     try:
         shares = [float(share) for share in budgets.split(",")]
         if queries not in ("decode", "keys") or not all(0 < share <= 1 for share in shares):
             raise ValueError("--queries is decode or keys; --budgets are shares above 0, at most 1")
-        with Progress(*columns, console=console) as progress:
+        with counting_progress(console) as progress:
             if capture is not None:
                 task = progress.add_task("capturing", total=None)
                 capturing.capture(

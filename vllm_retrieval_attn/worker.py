@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.config import ResolvedConfig
     from vllm_retrieval_attn.store.segments import RequestStore, Segment
 
-SAMPLES, LIBRARY_SAMPLES = 16, 256
-"""Sampled queries of each query head: to calibrate with, and to build the kinds from that are compared with."""
+LIBRARY_SAMPLES = 256
+"""Sampled queries of each query head that the kinds to compare with are built from."""
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -126,7 +126,7 @@ class RetrievalWorker:
             segment_tokens=config.segment_tokens,
             slabs=config.index_slabs,
             slab_bytes=slab_bytes(config.index, config.segment_tokens, spec.head_size) if config.index_slabs else 0,
-            samples=LIBRARY_SAMPLES if config.index in COMPARED else SAMPLES,
+            samples=LIBRARY_SAMPLES if config.index in COMPARED else Layout.samples,
         )
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}

@@ -14,7 +14,7 @@ from vllm_retrieval_attn.index import dot
 from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.build import build_segment, cluster, make_spaces, order_points, pack_blocks, pack_rows
 from vllm_retrieval_attn.index.calibrate import SHARES, calibrated_share
-from vllm_retrieval_attn.index.segment import LEAF, LEAVES, NODE, SegmentShape
+from vllm_retrieval_attn.index.segment import HEAD_SHARE, LEAF, LEAVES, NODE, SegmentShape
 
 REAL = Path(__file__).parent.parent / "data/smollm2.npz"
 DIMS = [64, 80, 96, 128, 256]
@@ -243,3 +243,18 @@ def test_calibration_scans_little_where_one_cluster_holds_the_mass_and_all_where
 
 def test_a_node_is_a_whole_number_of_leaves():
     assert LEAF * LEAVES == NODE
+
+
+def test_calibrating_anew_with_the_same_queries_changes_nothing_and_with_others_follows_them():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 512, 64).numpy()
+    prompt = torch.randn(2, 48, 64).numpy()
+    index = ClusteredIndex(0.125, 64, np.float32, segment_tokens=512)
+    index.build(keys, values, prompt)
+    before = index._slabs.copy()
+    index.calibrate(prompt)
+    np.testing.assert_array_equal(index._slabs, before)
+    index.calibrate(np.repeat(keys[None, :24], 2, axis=0) * 8)  # each along one key: its leaf holds all the mass
+    share = index._slabs[index._turn_bytes :][HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8].view(np.float64)[0]
+    built = before[index._turn_bytes :][HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8].view(np.float64)[0]
+    assert share < built

@@ -73,6 +73,7 @@ def save(path: Path, heads: list[Head]) -> None:
         arrays[f"{head.name}_sink_bound_scale"] = np.array([head.sink, head.bound, head.scale], np.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:  # a path would get .npz appended where it has another suffix
+        # NumPy types the names of arrays as its own options.
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -239,6 +240,7 @@ class _Recorder:
         for option in ("softcap", "s_aux", "position_bias"):
             if options.get(option) is not None:
                 raise ValueError(f"the model's attention is no plain softmax: it uses {option}")
+        # torch types every attribute of a module as a tensor or a module.
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if layer in self.prompt:

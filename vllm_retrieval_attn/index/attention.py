@@ -24,6 +24,11 @@ CALIBRATION = 48
 """Prompt queries that the share to scan is calibrated with."""
 
 
+def _spread(queries: torch.Tensor) -> torch.Tensor:
+    """At most CALIBRATION of the queries (m, d), evenly spaced."""
+    return queries[:: max(1, len(queries) // CALIBRATION)][:CALIBRATION]
+
+
 class ClusteredIndex(AttentionIndex):
     """Clusters, codes, exact re-rank and tail over segments; what does not fill a segment is attended to exactly.
 
@@ -65,7 +70,7 @@ class ClusteredIndex(AttentionIndex):
         self.rows = np.stack((keys, values)).astype(self.rows.dtype)
         flat = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).reshape(-1, queries.shape[-1])
         self._moment = (flat.mT @ flat / len(flat))[None] if len(flat) else None
-        self._samples = flat[:: max(1, len(flat) // CALIBRATION)][:CALIBRATION]
+        self._samples = _spread(flat)
         self._spaces, self._segments = None, 0
         self._slabs = np.empty(0, np.uint8)
         self._index_full_segments()
@@ -93,13 +98,29 @@ class ClusteredIndex(AttentionIndex):
             begin = self._turn_bytes + number * self.shape.bytes
             slab = torch.from_numpy(slabs[begin : begin + self.shape.bytes])[None]
             build_segment(self.shape, part[:1], part[1:], self._spaces, torch.zeros(1), slab)
-            if len(self._samples):
-                queries = self._samples[None] * self.scale
-                seen = np.concatenate((self.rows[0], self.outside)).astype(np.float32)
-                lse = (queries[0] @ torch.from_numpy(seen).T).logsumexp(1)[None]
-                shares = calibrated_share(self.shape, slab, part[:1], self._spaces, queries, lse)
-                slab[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
+            self._calibrate(number, slab)
         self._slabs, self._segments = slabs, full
+
+    def calibrate(self, queries: Floats) -> None:
+        """Calibrate all segments anew with queries (g, m, d), unscaled, in place of the prompt's."""
+        flat = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).reshape(-1, self.dim)
+        self._samples = _spread(flat)
+        for number in range(self._segments):
+            begin = self._turn_bytes + number * self.shape.bytes
+            self._calibrate(number, torch.from_numpy(self._slabs[begin : begin + self.shape.bytes])[None])
+
+    def _calibrate(self, number: int, slab: torch.Tensor) -> None:
+        """Put the calibrated share into a segment's slab (1, bytes), if there are queries to do it with."""
+        if not len(self._samples):
+            return
+        assert self._spaces is not None
+        n = self.shape.tokens
+        keys = torch.from_numpy(self.rows[:1, number * n : (number + 1) * n].astype(np.float32))
+        queries = self._samples[None] * self.scale
+        seen = np.concatenate((self.rows[0], self.outside)).astype(np.float32)
+        lse = (queries[0] @ torch.from_numpy(seen).T).logsumexp(1)[None]
+        shares = calibrated_share(self.shape, slab, keys, self._spaces, queries, lse)
+        slab[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
 
     def attend(self, queries: Floats, budget: float = 1.0) -> tuple[Floats, Floats]:
         """See the base class; ``budget`` 0 scans what was calibrated for each segment."""

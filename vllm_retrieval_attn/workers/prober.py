@@ -58,7 +58,7 @@ class Prober(threading.Thread):
             full_fence()
             try:
                 self._serve()
-            except Exception:
+            except Exception:  # a comparison that failed costs a sample, never the actor that serves
                 self._views.fidelity[self._actor] = 0.0
                 logger.exception("retrieval: comparing with exact search failed")
             full_fence()

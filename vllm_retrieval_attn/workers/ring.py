@@ -214,6 +214,45 @@ def search_share(
 
 
 @jit
+def await_message(
+    words: Any, word_address: int, lane: int, spin_ns: int, until_ns: int, timeout: Any
+) -> int:  # fmt: skip
+    """Wait for a message that the lane has not done; returns its number, or -1 at ``until_ns`` or a stop."""
+    base = FIXED_WORDS + lane * LANE_WORDS
+    quiet_since = read_clock_ns()
+    while True:
+        fence()
+        seq = words[WORD_SEQ]
+        now = read_clock_ns()
+        if words[WORD_STOP] != 0:
+            return -1
+        if words[base + LANE_DONE] != seq:
+            fence()
+            return seq
+        if now > until_ns:
+            return -1
+        if now - quiet_since < spin_ns:
+            sched_yield()
+            continue
+        words[base + LANE_SLEEPING] = 1
+        fence()
+        if words[WORD_SEQ] == seq and words[WORD_STOP] == 0:
+            futex_wait(word_address + WORD_SEQ * 64, seq, timeout.ctypes.data)
+        words[base + LANE_SLEEPING] = 0
+
+
+@jit
+def finish_message(words: Any, word_address: int, lane: int, seq: int) -> None:
+    """Tell the client that the lane has done ``seq``. Its partial results must be complete."""
+    base = FIXED_WORDS + lane * LANE_WORDS
+    fence()
+    words[base + LANE_DONE] = np.int32(seq)
+    fence()
+    if words[base + LANE_AWAITED] != 0:
+        futex_wake(word_address + (base + LANE_DONE) * 64)
+
+
+@jit
 def serve_lane(
     words: Any,
     word_address: int,
@@ -265,82 +304,22 @@ def serve_lane(
     timespec (s, ns) for one sleep.
     """
     lane = actor * threads + thread
-    base = FIXED_WORDS + lane * LANE_WORDS
-    quiet_since = read_clock_ns()
     while True:
-        fence()
-        if words[WORD_STOP] != 0:
-            return STOPPED
-        seq = words[WORD_SEQ]
-        if words[base + LANE_DONE] != seq:
-            fence()
-            start = read_clock_ns()
-            counts[:] = 0
-            search_share(
-                actor, thread, actors, threads, kv_heads, group, dim, layers, page_tokens, dtype, segment_tokens,
-                slab_bytes, scale, header[MSG_LAYER], header[MSG_ROWS], rows, tables, slab_tables, queries16,
-                queries32, pages16, pages32, index8, index16, index32, index64, at, partials, q, q_bits, acc, top,
-                total, work, index_work, slabs, counts, chosen,
-            )  # fmt: skip
-            now = read_clock_ns()
-            stats[lane, STAT_NS] = now - start
-            stats[lane, STAT_CODES] = counts[COUNT_KEYS]
-            stats[lane, STAT_KEYS] = counts[COUNT_EXACT]
-            fence()
-            words[base + LANE_DONE] = seq
-            fence()
-            if words[base + LANE_AWAITED] != 0:
-                futex_wake(word_address + (base + LANE_DONE) * 64)
-            quiet_since = now
-            continue
-        now = read_clock_ns()
-        if now > until_ns:
-            return IDLE
-        if now - quiet_since < spin_ns:
-            sched_yield()
-            continue
-        words[base + LANE_SLEEPING] = 1
-        fence()
-        if words[WORD_SEQ] == seq and words[WORD_STOP] == 0:
-            futex_wait(word_address + WORD_SEQ * 64, seq, timeout.ctypes.data)
-        words[base + LANE_SLEEPING] = 0
-
-
-@jit
-def await_message(
-    words: Any, word_address: int, lane: int, spin_ns: int, until_ns: int, timeout: Any
-) -> int:  # fmt: skip
-    """Wait for a message that the lane has not done; returns its number, or -1 at ``until_ns`` or a stop."""
-    base = FIXED_WORDS + lane * LANE_WORDS
-    quiet_since = read_clock_ns()
-    while True:
-        fence()
-        seq = words[WORD_SEQ]
-        now = read_clock_ns()
-        if words[WORD_STOP] != 0 or now > until_ns:
-            return -1
-        if words[base + LANE_DONE] != seq:
-            fence()
-            return seq
-        if now - quiet_since < spin_ns:
-            sched_yield()
-            continue
-        words[base + LANE_SLEEPING] = 1
-        fence()
-        if words[WORD_SEQ] == seq and words[WORD_STOP] == 0:
-            futex_wait(word_address + WORD_SEQ * 64, seq, timeout.ctypes.data)
-        words[base + LANE_SLEEPING] = 0
-
-
-@jit
-def finish_message(words: Any, word_address: int, lane: int, seq: int) -> None:
-    """Tell the client that the lane has done ``seq``. Its partial results must be complete."""
-    base = FIXED_WORDS + lane * LANE_WORDS
-    fence()
-    words[base + LANE_DONE] = np.int32(seq)
-    fence()
-    if words[base + LANE_AWAITED] != 0:
-        futex_wake(word_address + (base + LANE_DONE) * 64)
+        seq = await_message(words, word_address, lane, spin_ns, until_ns, timeout)
+        if seq < 0:
+            return STOPPED if words[WORD_STOP] != 0 else IDLE
+        start = read_clock_ns()
+        counts[:] = 0
+        search_share(
+            actor, thread, actors, threads, kv_heads, group, dim, layers, page_tokens, dtype, segment_tokens,
+            slab_bytes, scale, header[MSG_LAYER], header[MSG_ROWS], rows, tables, slab_tables, queries16, queries32,
+            pages16, pages32, index8, index16, index32, index64, at, partials, q, q_bits, acc, top, total, work,
+            index_work, slabs, counts, chosen,
+        )  # fmt: skip
+        stats[lane, STAT_NS] = read_clock_ns() - start
+        stats[lane, STAT_CODES] = counts[COUNT_KEYS]
+        stats[lane, STAT_KEYS] = counts[COUNT_EXACT]
+        finish_message(words, word_address, lane, seq)
 
 
 @jit
