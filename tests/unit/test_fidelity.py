@@ -38,8 +38,10 @@ class Probed:
         ring.start_all()
         self.refreshed = []
         self.sampler = DecodeSampler(shape, ring.views, 1.0, self.refreshed.append)
-        attended = AttendedRows(shape, ring.views, ring.scale)
-        self.probers = [Prober(shape, ring.views, actor, ring.scale, attended) for actor in range(actors)]
+        self.probers = [  # each with scratch memory of its own, as in the actors
+            Prober(shape, ring.views, actor, ring.scale, AttendedRows(shape, ring.views, ring.scale))
+            for actor in range(actors)
+        ]
         torch.manual_seed(1)
         self.paged, self.paged_lse = torch.randn(1, 4, 16), torch.randn(1, 4) + 5
         self.found = []

@@ -12,7 +12,7 @@ from vllm_retrieval_attn.workers.ring import NODE_WORK, attend_unit
 
 
 class AttendedRows:
-    """Called by workers/prober.py, see there for arguments and result.
+    """Called by workers/prober.py, see there for arguments and result. For one thread: calls share scratch memory.
 
     Args:
         layout, views: the shared file of the rank. scale: softmax scale.
