@@ -22,6 +22,9 @@ BACKEND_PATH = "vllm_retrieval_attn.attention.backend.RetrievalBackend"
 CONNECTOR = "RetrievalConnector"
 CONNECTOR_MODULE = "vllm_retrieval_attn.kvcache.connector"
 
+END_GRACE_S = 15.0
+"""An engine that was asked to end is killed after so many seconds."""
+
 _MARK = "_retrieval_wrapped"
 
 
@@ -236,6 +239,40 @@ def patch_runner(use_v2: bool) -> None:
         _patch_v1_runner()
 
 
+def _patch_engine_manager() -> None:
+    """A server that ends gives its engine time to let host memory and workers go, and clears up after one it killed.
+
+    By default vLLM kills an engine at the moment it asks it to end, except on ROCm, which has the same 15 s: the
+    shared-memory file would stay until the next start. Remove when the grace is the same on every platform.
+    """
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    def make_init(original: Any) -> Any:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            configs = [part for part in (*args, *kwargs.values()) if hasattr(part, "kv_transfer_config")]
+            self._retrieval = any(find_resolved_config(config) is not None for config in configs)
+            original(self, *args, **kwargs)
+
+        return __init__
+
+    def make_shutdown(original: Any) -> Any:
+        def shutdown(self: Any, timeout: float | None = None) -> None:
+            ours = getattr(self, "_retrieval", False)
+            original(self, END_GRACE_S if ours and timeout == 0 else timeout)
+            if ours:
+                from vllm_retrieval_attn.store.shared_file import remove_stale
+
+                for process in self.processes:
+                    if process.pid is not None:
+                        process.join(END_GRACE_S)  # a killed one takes a moment to give its memory back
+                remove_stale()
+
+        return shutdown
+
+    _wrap(CoreEngineProcManager, "__init__", make_init)
+    _wrap(CoreEngineProcManager, "shutdown", make_shutdown)
+
+
 def install() -> None:
     """Register the backend and install every patch. Safe to call again."""
     _register_name()
@@ -245,6 +282,7 @@ def install() -> None:
     _patch_kernel_scan()
     _patch_input_processor()
     _patch_scheduler()
+    _patch_engine_manager()
 
 
 def find_resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig | None":

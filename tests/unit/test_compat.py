@@ -1,9 +1,18 @@
 """Patches that a start of vLLM needs; the others are shown by the engine tests."""
 
+import multiprocessing
+import signal
+import threading
+import weakref
+from multiprocessing.connection import Connection
+
+import pytest
 from vllm.platforms import current_platform
 from vllm.triton_utils import dispatcher
+from vllm.v1.engine.utils import CoreEngineProcManager
 
 from vllm_retrieval_attn import compat
+from vllm_retrieval_attn.store.shared_file import SHM_DIR, SharedFile
 
 
 def test_vllms_scan_of_modules_passes_with_numba_loaded():
@@ -13,3 +22,35 @@ def test_vllms_scan_of_modules_passes_with_numba_loaded():
     if current_platform.is_cpu():
         assert getattr(dispatcher._rebind_kernels, compat._MARK)
     dispatcher._rebind_kernels([])
+
+
+def engine(answer: Connection, seconds: float) -> None:
+    """Stands for an engine: owns a shared file, takes some seconds to end once asked to."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    file = SharedFile.create(1 << 16, 0)
+    answer.send(file.path)
+    while not asked.wait(0.05):
+        pass
+    threading.Event().wait(seconds)
+    file.close()
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.5, 0), (60, -signal.SIGKILL)])
+def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, code, monkeypatch):
+    compat.install()
+    monkeypatch.setattr(compat, "END_GRACE_S", 3.0)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=engine, args=(there, seconds), name="engine")
+    process.start()
+    assert here.poll(60)
+    path = here.recv()
+    assert path.startswith(str(SHM_DIR))
+    manager = CoreEngineProcManager.__new__(CoreEngineProcManager)
+    manager.manager_stopped = threading.Event()
+    manager.processes, manager._request_shutdown_timeout, manager._retrieval = [process], 0, True
+    manager._finalizer = weakref.finalize(manager, print)
+    manager.shutdown(timeout=0)
+    assert process.exitcode == code
+    assert path not in {str(file) for file in SHM_DIR.iterdir()}
