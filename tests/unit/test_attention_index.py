@@ -15,6 +15,7 @@ from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.build import build_segment, cluster, make_spaces, order_points, pack_blocks, pack_rows
 from vllm_retrieval_attn.index.calibrate import SHARES, calibrated_share
 from vllm_retrieval_attn.index.segment import HEAD_SHARE, LEAF, LEAVES, NODE, SegmentShape
+from vllm_retrieval_attn.index.spaces import query_transform
 
 REAL = Path(__file__).parent.parent / "data/smollm2.npz"
 DIMS = [64, 80, 96, 128, 256]
@@ -71,6 +72,21 @@ def test_scores_survive_the_balanced_space():
     queries = torch.randn(3, 5, 64)
     got = (queries @ spaces.to_queries.mT) @ (keys @ spaces.to_keys.mT).mT
     torch.testing.assert_close(got, queries @ keys.mT, atol=2e-3, rtol=1e-3)
+
+
+def test_the_balanced_space_spreads_keys_as_queries():
+    keys, _ = made(512, 32, heads=2)
+    keys = keys @ torch.diag(torch.logspace(-0.5, 0.5, 32))
+    moment = torch.randn(2, 32, 32, dtype=torch.float64)
+    moment = moment @ moment.mT
+    to_queries = query_transform(keys, moment).double()
+    to_keys = torch.linalg.inv(to_queries).mT
+    centred = (keys - keys.mean(1, keepdim=True)).double()
+    of_keys = to_keys @ (centred.mT @ centred / 512) @ to_keys.mT
+    of_queries = to_queries @ moment @ to_queries.mT
+    # M Sk M = Sq is what makes M a geometric mean; the ridges of both sides leave a small difference.
+    difference = (of_keys - of_queries).flatten(1).norm(dim=1) / of_queries.flatten(1).norm(dim=1)
+    assert (difference < 0.01).all()
 
 
 def test_k_means_lowers_the_spread_and_labels_the_nearest():

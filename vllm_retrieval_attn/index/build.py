@@ -19,7 +19,7 @@ from vllm_retrieval_attn.index.segment import (
     STEP4,
     SegmentShape,
 )
-from vllm_retrieval_attn.index.spaces import balanced
+from vllm_retrieval_attn.index.spaces import query_transform
 
 ITERATIONS = 2
 """Rounds of k-means."""
@@ -49,9 +49,8 @@ class Spaces:
 
 def make_spaces(keys: torch.Tensor, moment: torch.Tensor) -> Spaces:
     """Transforms from a first segment's keys (H, n, d) and its queries' second moment (H, d, d)."""
-    _, to_queries = balanced(keys, moment)
     # Readers hold it in bfloat16; keys follow what they will use.
-    return Spaces.of(to_queries.bfloat16().float())
+    return Spaces.of(query_transform(keys, moment).bfloat16().float())
 
 
 def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 For an invertible T, ``q . k = (T^-T q) . (T k)``, so keys may be coded in any space as long as queries go along. The
 balanced space takes ``T = R M^1/2`` with ``M = Sk^-1/2 (Sk^1/2 Sq Sk^1/2)^1/2 Sk^-1/2``, the geometric mean of the
 queries' second moment Sq and the inverse covariance Sk of the keys: among all T it minimises the score error that
-noise of equal size in every dimension causes, summed over both sides. R is a random rotation, which makes dimensions
+noise of equal size in every dimension causes, summed over both sides. R is any rotation; a random one makes dimensions
 alike.
 """
 
@@ -16,13 +16,18 @@ RIDGE = 1e-3
 """Share of the mean variance added to every dimension, so that few queries do not make a direction free."""
 
 
-def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.device.type == "cpu":  # by NumPy: see Spaces.of in index/build.py
-        values, vectors = (torch.from_numpy(part) for part in np.linalg.eigh(matrix.numpy()))
-    else:
-        values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)
-    return (vectors * values.pow(exponent)[..., None, :]) @ vectors.mT
+        return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
+    return torch.linalg.cholesky(matrix)
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if matrix.device.type == "cpu":
+        values, vectors = np.linalg.eigh(matrix.numpy())
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:
@@ -39,20 +44,19 @@ def rotation(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.from_numpy(np.linalg.qr(noise.numpy())[0]).to(device)
 
 
-def balanced(keys: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transforms of keys and queries into the balanced space.
+def query_transform(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The transform of queries into the balanced space; its inverse transpose is that of keys.
 
     Args:
         keys: (H, n, d) keys of H heads. moment: (H, d, d) second moment of their queries, E[q q^T].
 
     Returns:
-        (H, d, d) float32 each, for column vectors: ``y = to_keys @ (k - mean)``, ``q~ = to_queries @ q``.
+        (H, d, d) float32, for column vectors: ``q~ = T^-T q``.
     """
-    dim = keys.shape[-1]
     centred = keys.float() - keys.float().mean(1, keepdim=True)
-    spread = _ridged((centred.mT @ centred / keys.shape[1]).double())
-    root = _power(spread, 0.5)
-    inverse = _power(spread, -0.5)
-    metric = inverse @ _power(root @ _ridged(moment.double()) @ root, 0.5) @ inverse
-    turn = rotation(dim, keys.device)
-    return (turn @ _power(metric, 0.5)).float(), (turn @ _power(metric, -0.5)).float()
+    root = _cholesky(_ridged((centred.mT @ centred / keys.shape[1]).double()))
+    # With Sk = L L^T and L^T Sq L = U w U^T, M is L^-T U w^1/2 U^T L^-1: M^1/2 is w^1/4 U^T L^-1 but for a rotation.
+    values, vectors = _eigh(root.mT @ _ridged(moment.double()) @ root)
+    values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)
+    turned = rotation(keys.shape[-1], keys.device) * values.pow(-0.25)[..., None, :]
+    return (turned @ vectors.mT @ root.mT).float()
