@@ -139,6 +139,8 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     if knobs.build_on == "gpu" and current_platform.is_cpu():
         raise ValueError("retrieval: build_on='gpu' needs a GPU; set build_on to 'cpu'")
+    if knobs.build_on is None:
+        knobs = knobs.model_copy(update={"build_on": "cpu" if current_platform.is_cpu() else "gpu"})
     per_token = kv_bytes_per_token(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if knobs.sink_tokens + knobs.window_tokens >= vllm_config.model_config.max_model_len:

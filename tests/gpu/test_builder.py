@@ -5,6 +5,10 @@ import torch
 
 from tests.unit.indexed_ring import layout
 from tests.unit.test_device_builder import DeviceRing
+from vllm_retrieval_attn.attention import cuda_builder
+from vllm_retrieval_attn.index.build import build_segment, make_spaces
+from vllm_retrieval_attn.index.calibrate import calibrated_share
+from vllm_retrieval_attn.index.segment import SegmentShape
 from vllm_retrieval_attn.store.layout import ROW_BUDGET, ROW_RERANK, ROW_TAIL
 
 pytestmark = [
@@ -30,3 +34,21 @@ def test_a_full_budget_over_segments_built_on_the_gpu_equals_brute_force(dim):
         torch.testing.assert_close(got_lse.double(), want_lse, atol=1e-4, rtol=1e-4)
     finally:
         ring.close()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_build_takes_no_more_memory_than_it_is_planned_with(dim):
+    heads, tokens = 8, 8192
+    shape = SegmentShape(tokens, dim)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stage = torch.randn(heads, 2, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    rows = stage.float()
+    slabs = torch.zeros(heads, shape.bytes, dtype=torch.uint8, device="cuda")
+    spaces = make_spaces(rows[:, 0], torch.eye(dim, device="cuda").expand(heads, dim, dim))
+    build_segment(shape, rows[:, 0], rows[:, 1], spaces, torch.zeros(heads), slabs)
+    queries, lse = torch.randn(heads, 64, dim, device="cuda"), torch.full((heads, 64), 9.0, device="cuda")
+    calibrated_share(shape, slabs, rows[:, 0], spaces, queries, lse)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= cuda_builder._ROWS * 4 * heads * tokens * dim

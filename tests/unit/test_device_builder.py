@@ -97,3 +97,27 @@ def test_a_build_whose_request_ended_is_dropped():
         assert ring.device.is_alive()
     finally:
         ring.close()
+
+
+def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
+    shape = layout(kv_heads=2, group=2, dim=16, dtype="bfloat16")
+    ring = DeviceRing(shape, "bfloat16", layers_at_once=2)
+    tried = []
+
+    def build_layers(layers, rows, job):
+        tried.append(len(layers))
+        raise torch.OutOfMemoryError("full")
+
+    ring.device._work.build_layers = build_layers
+    for builder in ring.builders:
+        builder.start()
+    try:
+        message, _ = ring.fill(1, [700, 300], 4)
+        ring.pages[:, 0] = 0.0
+        with caplog.at_level("WARNING", logger="vllm.retrieval"):
+            ring.index_rows(message)  # sees that every full segment is indexed
+        assert tried == [2, 1]
+        assert int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)]) == 3
+        assert caplog.text.count("too little GPU memory") == 1
+    finally:
+        ring.close()

@@ -138,6 +138,31 @@ def test_a_probe_whose_request_ended_does_not_count(make):
     assert probed.ring.views.words[WORD_PROBES] == 1
 
 
+def test_a_request_that_ends_in_the_middle_of_a_probe_leaves_its_slabs_until_the_probe_is_done(make):
+    probed = make()
+    (store,) = probed.ring.stores
+    index, slabs = probed.ring.index, set(store.slabs.values())
+    prober, ended = probed.probers[0], []
+    search = prober._attended
+
+    def attended(*arguments):
+        if not ended:
+            probed.sampler.forget(store.slot)
+            index.release(store)  # poisons the request's places in the tables
+            assert index.used_slabs == 0
+            ended.extend(iter(index._take_slab, None))  # all that there are to take
+        return search(*arguments)
+
+    prober._attended = attended
+    probed.step()
+    prober.start()
+    probed.wait()
+    assert slabs
+    assert not slabs & set(ended)
+    assert probed.sampler.figures() == {}
+    assert set(iter(index._take_slab, None)) == slabs
+
+
 def test_one_probe_at_a_time(make):
     probed = make()
     probed.step()

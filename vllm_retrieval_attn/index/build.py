@@ -76,7 +76,8 @@ def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> t
 def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     half = centroids.square().sum(-1)[:, None] / -2
     if points.device.type != "cpu":
-        return torch.baddbmm(half, points, centroids.mT).argmax(-1)
+        parts = [torch.baddbmm(half, rows, centroids.mT).argmax(-1) for rows in points.split(2048, 1)]
+        return torch.cat(parts, 1)
     # Scores of a few hundred points at a time stay in the processor's cache.
     found = [
         torch.cat([torch.addmm(h, part, c.T).max(1)[1] for part in rows.split(512)])

@@ -2,7 +2,8 @@
 
 The vLLM worker gives a sealed segment a slab and queues a build; builders (workers/builder.py) write the slab and
 note its generation when done. A slab that is taken back changes its generation, so a build that comes too late is
-dropped; one that a builder is writing at that moment is not given away again until the builder has left it.
+dropped; one that a builder is writing at that moment is not given away again until the builder has left it. Neither
+are those of a request that ended while a decode step of it was being compared with exact search (workers/prober.py).
 """
 
 import time
@@ -13,11 +14,15 @@ import numpy as np
 
 from vllm_retrieval_attn.store.layout import (
     ACTOR_JOBS,
+    ACTOR_PROBES,
     ACTOR_SLAB,
     JOB_BUILD,
     JOB_REFRESH,
     JOBS,
+    PROBE_ROW,
+    ROW_TABLE,
     WORD_JOBS,
+    WORD_PROBES,
     Layout,
 )
 from vllm_retrieval_attn.store.segments import RequestStore, Segment, SegmentState
@@ -49,6 +54,7 @@ class IndexQueue:
     def __init__(self, layout: Layout, views: Views) -> None:
         self._layout, self._views = layout, views
         self._free = list(range(layout.slabs - 1, -1, -1))
+        self._probed: list[int] = []  # of ended requests, still read by a probe
         self._generation = 0
         self._pending: list[Build] = []
         self._waiting: list[tuple[RequestStore, Segment]] = []
@@ -63,7 +69,7 @@ class IndexQueue:
 
     @property
     def used_slabs(self) -> int:
-        return self._layout.slabs - len(self._free)
+        return self._layout.slabs - len(self._free) - len(self._probed)
 
     @property
     def pending(self) -> int:
@@ -123,8 +129,17 @@ class IndexQueue:
                 self._post(int(self._views.generations[slab]), store.slot, segment.number, slab, JOB_REFRESH)
                 self.refreshes += 1
 
+    def _probing(self) -> bool:
+        """Whether a probe has been handed over and is not done."""
+        views, words = self._views, self._views.words
+        handed = int(words[WORD_PROBES])
+        return any(int(words[views.actor_word(a, ACTOR_PROBES)]) != handed for a in range(self._layout.actors))
+
     def _take_slab(self) -> int | None:
         views = self._views
+        if self._probed and not self._probing():
+            self._free.extend(self._probed)
+            self._probed.clear()
         busy = {int(views.words[views.actor_word(a, ACTOR_SLAB)]) for a in range(self._layout.actors)}
         if self.device_builder is not None:
             busy.add(self.device_builder.busy)
@@ -137,6 +152,8 @@ class IndexQueue:
         """Take in finished builds: their segments are searched by index from the next step on."""
         if not self.pending:
             return
+        while self.device_builder is not None and not self.device_builder.refused.empty() and self._room() > 0:
+            self._post(*self.device_builder.refused.get())
         views, lay = self._views, self._layout
         left = []
         for build in self._pending:
@@ -157,6 +174,7 @@ class IndexQueue:
         for slab in store.slabs.values():
             self._views.generations[slab] = 0
         full_fence()  # before a later look at which slabs builders write to
-        self._free.extend(store.slabs.values())
+        read = self._probing() and int(self._views.probe_numbers[PROBE_ROW + ROW_TABLE]) == store.slot
+        (self._probed if read else self._free).extend(store.slabs.values())
         store.slabs.clear()
         self._views.slab_tables[store.slot] = np.iinfo(np.int64).min // 2

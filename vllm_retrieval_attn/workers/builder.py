@@ -81,11 +81,13 @@ class Builder(threading.Thread):
                 self._stopping.wait(_POLL_S)
                 continue
             full_fence()
+            job = self._views.jobs[count % JOBS].copy()
             try:
-                self._serve(self._views.jobs[count % JOBS].copy())
+                self._serve(job)
             except Exception:
-                # The segment stays sealed and is scanned exactly.
-                logger.exception("retrieval: building an index failed")
+                if int(self._views.generations[int(job[JOB_SLAB])]) == int(job[JOB_GENERATION]):
+                    # The segment stays sealed and is scanned exactly.
+                    logger.exception("retrieval: building an index failed")
             words[self._views.actor_word(self._actor, ACTOR_SLAB)] = -1
             words[done] = count + 1
 
