@@ -17,7 +17,7 @@ from vllm_retrieval_attn.demo import DOCUMENTS
 def disturbed(engine: InProcessEngine, asked: list, greedy: dict) -> list[bool]:
     """Which questions are answered right while other requests come, are indexed and are aborted at random."""
     chance = random.Random(3)
-    engine._settle = False  # builds run beside
+    engine._settle = "never"  # builds run beside
     questions = {engine.add(question.prompt, **greedy): question for question in asked}
     right = dict.fromkeys(questions, False)
     others: dict[str, int] = {}
@@ -40,7 +40,7 @@ def main(out: Path) -> None:
     engine = InProcessEngine(
         str(smollm2()),
         {"segment_tokens": 512, "host_memory_gb": 1, "poison_freed": True, "fidelity": 0.1},
-        settle=True,
+        settle="steps",
         max_model_len=8192,
         max_num_batched_tokens=1024,
         max_num_seqs=4,
@@ -72,6 +72,7 @@ def main(out: Path) -> None:
     while engine.worker().stats()["restarts"] == 0 and time.monotonic() < deadline:
         time.sleep(0.1)
     found["disturbed"] = disturbed(engine, asked[:1], greedy)
+    found["restarts"] = engine.worker().stats()["restarts"]
     found["fidelity"] = engine.worker().stats()["fidelity"]
     found["left"] = {key: engine.worker().stats()[key] for key in ("host_bytes", "index_bytes", "segments_waiting")}
     engine.close()

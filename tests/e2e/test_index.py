@@ -26,6 +26,7 @@ def test_a_request_may_ask_for_exact_attention(found):
 
 def test_the_index_outlives_a_worker_that_dies(found):
     assert found["restarted"]
+    assert found["restarts"] == 1  # the one that was killed, and none of itself
 
 
 def test_aborted_requests_disturb_nobody(found):

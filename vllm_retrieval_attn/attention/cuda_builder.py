@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.retrieval")
 
 WORK_BYTES = 5 << 28
 """GPU memory for a build at its widest."""
-_ROWS = 9
+_ROWS = 10
 """Arrays of the size of the keys in float32 that a build holds at its widest, measured by tests/gpu."""
 
 

@@ -80,7 +80,7 @@ def measure(
             str(write_shape(shape, Path(folder))),
             {**knobs, "index": mode} if mode != "full" else None,
             backend,
-            settle=True,
+            settle="decode",
             **{
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,

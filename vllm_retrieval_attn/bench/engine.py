@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 # Read when vLLM is imported: engine core and worker in this process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -33,7 +33,8 @@ class InProcessEngine:
 
     Args:
         model: folder or name. retrieval: our knobs; None serves with ``backend`` instead.
-        settle: after each step wait for the index builds it queued, so that what follows uses the index.
+        settle: when to wait for the index builds that were queued, so that what follows uses the index: after each
+            of the ``steps``, or in ``decode`` alone, so that builds run beside the prefill as they do in a server.
         options: further arguments of ``vllm.LLM``.
     """
 
@@ -42,7 +43,7 @@ class InProcessEngine:
         model: str,
         retrieval: dict[str, Any] | None = None,
         backend: str = "retrieval",
-        settle: bool = False,
+        settle: Literal["never", "steps", "decode"] = "never",
         **options: Any,
     ) -> None:
         from vllm import LLM
@@ -53,7 +54,7 @@ class InProcessEngine:
         self.engine: Any = self.llm.llm_engine
         self.max_blocks: dict[str, int] = {}
         self._number = 0
-        self._settle = settle and retrieval is not None
+        self._settle = settle if retrieval is not None else "never"
         self.settle_s = 0.0
 
     @property
@@ -92,7 +93,7 @@ class InProcessEngine:
         """Step until nothing is left, yielding each step's outputs; keeps ``max_blocks`` up to date."""
         while self.engine.has_unfinished_requests():
             outputs = self.engine.step()
-            if self._settle:
+            if self._settle == "steps" or (self._settle == "decode" and outputs):
                 begin = time.perf_counter()
                 self.worker().wait_for_index(_SETTLE_S)
                 self.settle_s += time.perf_counter() - begin

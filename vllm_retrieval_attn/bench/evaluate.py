@@ -204,7 +204,7 @@ class EngineRunner:
             model,
             None if mode == FULL else knobs,
             own if mode == FULL else "retrieval",
-            settle=True,
+            settle="steps",
             **{
                 "max_model_len": limit,
                 "max_num_seqs": 2,
