@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.indexed_ring import IndexedRing, layout
+from vllm_retrieval_attn.attention import cuda_builder
 from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
 from vllm_retrieval_attn.store.layout import ACTOR_JOBS, WORD_JOBS
 
@@ -104,7 +105,7 @@ def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
     ring = DeviceRing(shape, "bfloat16", layers_at_once=2)
     tried = []
 
-    def build_layers(layers, rows, job):
+    def build_layers(layers, *_):
         tried.append(len(layers))
         raise torch.OutOfMemoryError("full")
 
@@ -119,5 +120,30 @@ def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
         assert tried == [2, 1]
         assert int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)]) == 3
         assert caplog.text.count("too little GPU memory") == 1
+    finally:
+        ring.close()
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.0, 1), (2.0, 2), (3.0, 3), (4.0, 4), (6.0, 4), (7.0, 7), (99.0, 7)])
+def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(monkeypatch, share, layers):
+    shape = layout(kv_heads=2, dim=16)
+    shape = type(shape)(**{**vars(shape), "layers": 7})
+    monkeypatch.setattr(cuda_builder, "WORK_BYTES", 0)
+    builder = DeviceBuilder.__new__(DeviceBuilder)
+    builder._layout = shape
+    layer_bytes = cuda_builder._ROWS * 4 * 2 * shape.segment_tokens * 16
+    builder._choose_layers(int(share * layer_bytes / cuda_builder.FREE_SHARE))
+    assert builder.layers_at_once == layers
+
+
+def test_a_copy_home_that_fails_fails_the_build():
+    ring = DeviceRing(layout(kv_heads=1, dim=16))
+    try:
+        copier = ring.device._copier
+        copier([0], torch.zeros(1, ring.layout.slab_bytes, dtype=torch.uint8))
+        copier([0, 1], torch.zeros(1, ring.layout.slab_bytes, dtype=torch.uint8))  # one slab too few
+        with pytest.raises(ValueError, match="shorter"):
+            copier.finish()
+        copier.finish()
     finally:
         ring.close()

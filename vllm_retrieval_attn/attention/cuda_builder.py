@@ -6,6 +6,7 @@ workers search it. They build nothing meanwhile but what does not fit the GPU's 
 
 import logging
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
@@ -21,10 +22,48 @@ from vllm_retrieval_attn.workers.sync import full_fence
 
 logger = logging.getLogger("vllm.retrieval")
 
-WORK_BYTES = 5 << 28
-"""GPU memory for a build at its widest."""
+FREE_SHARE = 0.25
+"""Share of the GPU memory left free by vLLM that a build may take. The kernels of a build wait for those of a prefill,
+one after the other: the more layers they serve at once, the sooner it is done."""
+WORK_BYTES = 1 << 30
+"""At least so much is tried."""
 _ROWS = 10
 """Arrays of the size of the keys in float32 that a build holds at its widest, measured by tests/gpu."""
+
+
+class _Copier:
+    """Copies slabs home while the next ones are built: through two buffers, pinned for a GPU, by a thread of its own.
+
+    Args:
+        work: knows where slabs go. device: where they come from.
+    """
+
+    def __init__(self, work: SlabWork, device: torch.device) -> None:
+        self._work, self._pinned = work, device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "retrieval-slab-copier")
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._under_way: list[Future[None] | None] = [None, None]
+        self._turn = 0
+
+    def __call__(self, starts: list[int], slabs: torch.Tensor) -> None:
+        self._turn ^= 1
+        if (copying := self._under_way[self._turn]) is not None:
+            copying.result()
+        buffer = self._buffers[self._turn]
+        if buffer is None or len(buffer) < len(slabs):
+            buffer = self._buffers[self._turn] = torch.empty(slabs.shape, dtype=slabs.dtype, pin_memory=self._pinned)
+        home = buffer[: len(slabs)].copy_(slabs)  # waits for the GPU
+        self._under_way[self._turn] = self._thread.submit(self._work.write, starts, home)
+
+    def finish(self) -> None:
+        """Wait until all slabs are where they belong."""
+        under_way, self._under_way = self._under_way, [None, None]
+        for copying in under_way:
+            if copying is not None:
+                copying.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class DeviceBuilder(threading.Thread):
@@ -48,12 +87,12 @@ class DeviceBuilder(threading.Thread):
             device = torch.device("cuda", torch.cuda.current_device())
         self._layout, self._views, self._pages, self._device = layout, views, pages, device
         self._work = SlabWork(layout, views, list(range(layout.kv_heads)), scale, share)
-        self._stream: Any = torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None
+        self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self.refused: SimpleQueue[Job] = SimpleQueue()
         self.busy = -1
-        layer_bytes = _ROWS * 4 * layout.kv_heads * layout.segment_tokens * layout.dim
-        self.layers_at_once = min(layout.layers, max(1, WORK_BYTES // layer_bytes))
+        self._copier = _Copier(self._work, device)
+        self.layers_at_once = layout.layers  # as far as memory goes: see run
         self.start()
 
     def post(self, *job: int) -> None:
@@ -64,7 +103,11 @@ class DeviceBuilder(threading.Thread):
         torch.set_num_threads(1)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        chosen = False
         while (job := self._queue.get()) is not None:
+            if not chosen and self._device.type == "cuda":  # by now vLLM has taken its memory
+                self._choose_layers(torch.cuda.mem_get_info(self._device)[0])
+            chosen = True
             if self.layers_at_once == 0:
                 self.refused.put(job)
                 continue
@@ -75,6 +118,14 @@ class DeviceBuilder(threading.Thread):
                     # The segment stays sealed and is scanned exactly.
                     logger.exception("retrieval: building an index on the GPU failed")
             self.busy = -1
+
+    def _choose_layers(self, free: int) -> None:
+        lay = self._layout
+        layer_bytes = _ROWS * 4 * lay.kv_heads * lay.segment_tokens * lay.dim
+        most = max(1, int(max(WORK_BYTES, free * FREE_SHARE)) // layer_bytes)
+        rounds = -(-lay.layers // min(most, lay.layers))
+        self.layers_at_once = -(-lay.layers // rounds)
+        logger.debug("retrieval: indexes of %d layers at a time are built on the GPU", self.layers_at_once)
 
     def _try(self, job: Job) -> None:
         """Build; where GPU memory is short less at once, in the end not here. Segments are built in their order: the
@@ -96,6 +147,7 @@ class DeviceBuilder(threading.Thread):
     def stop(self) -> None:
         self._queue.put(None)
         self.join(timeout=10)
+        self._copier.close()
 
     def _serve(self, job: Job) -> None:
         views, lay = self._views, self._layout
@@ -107,11 +159,14 @@ class DeviceBuilder(threading.Thread):
         if len(table) < count or table.min() < 0 or table.max() >= lay.pages:
             return  # the request ended
         at_once = self.layers_at_once
-        for first in range(0, lay.layers, at_once):
-            layers = range(first, min(lay.layers, first + at_once))
-            if int(views.generations[slab]) != generation:
-                return
-            self._work.build_layers(layers, self._fetch(table, layers), job)
+        try:
+            for first in range(0, lay.layers, at_once):
+                layers = range(first, min(lay.layers, first + at_once))
+                if int(views.generations[slab]) != generation:
+                    return
+                self._work.build_layers(layers, self._fetch(table, layers), job, self._copier)
+        finally:
+            self._copier.finish()
         if int(views.generations[slab]) == generation:
             full_fence()
             views.built[slab] = generation

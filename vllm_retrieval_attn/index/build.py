@@ -43,7 +43,7 @@ class Spaces:
         if to_queries.device.type == "cpu":  # MKL's batched LU fails now and then ("Parameter 6 was incorrect")
             inverse = torch.from_numpy(np.linalg.inv(to_queries.double().numpy()))
         else:
-            inverse = torch.linalg.inv(to_queries.double())
+            inverse, _ = torch.linalg.inv_ex(to_queries.double())  # does not wait for the GPU
         return cls(inverse.mT.float(), to_queries)
 
 
@@ -76,7 +76,7 @@ def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> t
 def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     half = centroids.square().sum(-1)[:, None] / -2
     if points.device.type != "cpu":
-        parts = [torch.baddbmm(half, rows, centroids.mT).argmax(-1) for rows in points.split(2048, 1)]
+        parts = [torch.baddbmm(half, rows, centroids.mT).argmax(-1) for rows in points.split(4096, 1)]
         return torch.cat(parts, 1)
     # Scores of a few hundred points at a time stay in the processor's cache.
     found = [
@@ -105,10 +105,11 @@ def order_points(points: torch.Tensor, size: int) -> torch.Tensor:
         runs = points.reshape(heads * (n // length), length, dim)
         centred = runs - runs.mean(1, keepdim=True)
         spread = centred.mT @ centred
+        # Scaled once, so that the power iteration needs no more of it.
+        spread = spread / spread.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
         axis = spread.sum(-1, keepdim=True) + spread.diagonal(dim1=-2, dim2=-1)[..., None]
         for _ in range(4):
             axis = spread @ axis
-            axis = axis / axis.norm(dim=1, keepdim=True).clamp_min(_TINY)
         place = (centred @ axis).squeeze(-1).argsort(1).view(heads, n // length, length)
         place = (place + torch.arange(n // length, device=points.device)[None, :, None] * length).view(heads, n)
         points = points.gather(1, place[..., None].expand(-1, -1, dim))

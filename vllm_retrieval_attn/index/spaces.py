@@ -19,7 +19,8 @@ RIDGE = 1e-3
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.device.type == "cpu":  # by NumPy: see Spaces.of in index/build.py
         return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
-    return torch.linalg.cholesky(matrix)
+    factor, _ = torch.linalg.cholesky_ex(matrix)  # does not wait for the GPU
+    return factor
 
 
 def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

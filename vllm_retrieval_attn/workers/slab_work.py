@@ -1,5 +1,7 @@
 """Writing the slabs of index `attention` for the KV heads of an actor: a build, and a look at its calibration."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,6 +12,9 @@ from vllm_retrieval_attn.index.segment import HEAD_SHARE, SegmentShape
 from vllm_retrieval_attn.store.layout import JOB_SEGMENT, JOB_SLAB, JOB_TABLE, Layout
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.builder import Job
+
+Write = Callable[[list[int], torch.Tensor], None]
+"""Takes where slabs begin in the index memory, and (n, slab_bytes) uint8 of them."""
 
 DRIFT = 1.5
 """Calibrate again where sampled queries are so many times as far out, in the metric of the prompt's queries, as those
@@ -43,16 +48,16 @@ class SlabWork:
         self._heads = heads
         self._pages = torch_pages(layout, views)
         self._index = torch.from_numpy(views.index8).view(torch.uint8)
-        self._pinned: torch.Tensor | None = None
 
     def build(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         self.build_layers(range(layer, layer + 1), segment_rows(self._pages, pages, layer, self._heads), job)
 
-    def build_layers(self, layers: range, rows: torch.Tensor, job: Job) -> None:
+    def build_layers(self, layers: range, rows: torch.Tensor, job: Job, write: Write | None = None) -> None:
         """Write the slabs of some layers.
 
         Args:
             rows: (len(layers) * heads, 2, tokens, d) float32 keys and values, on the device to build on.
+            write: takes the slabs from that device instead of :meth:`write`.
         """
         lay, device = self._layout, rows.device
         table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
@@ -71,16 +76,12 @@ class SlabWork:
         if not self._share:
             shares = calibrated_share(self._shape, slabs, rows[:, 0], spaces, queries * self._scale, lse)
             slabs[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
-        for begin, own in zip(self._slab_starts(layers, slab), self._home(slabs), strict=True):
-            self._index[begin : begin + lay.slab_bytes] = own
+        (write or self.write)(self._slab_starts(layers, slab), slabs)
 
-    def _home(self, slabs: torch.Tensor) -> torch.Tensor:
-        """The same in host memory; from a GPU through a pinned buffer, which is an order of magnitude faster."""
-        if slabs.device.type == "cpu":
-            return slabs
-        if self._pinned is None or len(self._pinned) < len(slabs):
-            self._pinned = torch.empty(slabs.shape, dtype=slabs.dtype, pin_memory=True)
-        return self._pinned[: len(slabs)].copy_(slabs)
+    def write(self, starts: list[int], slabs: torch.Tensor) -> None:
+        """Put slabs (n, slab_bytes), in host memory, where they belong."""
+        for begin, own in zip(starts, slabs, strict=True):
+            self._index[begin : begin + self._layout.slab_bytes] = own
 
     def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
