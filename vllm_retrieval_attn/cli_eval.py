@@ -78,14 +78,15 @@ def evaluate_modes(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: its warnings break the bar
     warnings.simplefilter("ignore", FutureWarning)
     from vllm_retrieval_attn.bench import evaluate as runs
+    from vllm_retrieval_attn.bench import runners
     from vllm_retrieval_attn.bench.tasks import PROSE, TASKS
 
     asked_tasks, asked_modes = (
         _one_of(tasks or ",".join(TASKS), TASKS, "--tasks"),
-        _one_of(modes, runs.MODES, "--modes"),
+        _one_of(modes, runners.MODES, "--modes"),
     )
     asked_lengths, arguments = _lengths(lengths), _options(options)
-    if full_url is not None and (url is None or mode_name == runs.FULL):
+    if full_url is not None and (url is None or mode_name == runners.FULL):
         raise typer.BadParameter("needs --url, and a --mode-name other than full", param_hint="--full-url")
     if url is None and model is None:
         raise typer.BadParameter("name a model, or a server with --url", param_hint="--model")
@@ -93,11 +94,11 @@ def evaluate_modes(
     console = Console()
     try:
         if url is not None:
-            starts = runs.servers(url, model, mode_name, full_url)
+            starts = runners.servers(url, model, mode_name, full_url)
             if PROSE in settings.tasks:
                 console.print("prose stays empty: a server can not be given the tokens of a text one by one")
         else:
-            starts = runs.engines(str(model), asked_modes, settings.lengths, arguments)
+            starts = runners.engines(str(model), asked_modes, settings.lengths, arguments)
         rows = _run(console, starts, settings, out)
     except (ValueError, RuntimeError, OSError) as error:
         console.print(_first_line(error), style="red", markup=False, highlight=False)

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from vllm_retrieval_attn import cli_eval
 from vllm_retrieval_attn.bench import evaluate as runs
-from vllm_retrieval_attn.bench.evaluate import Reply, Scores, Settings, divergence, evaluate, perplexity, table
+from vllm_retrieval_attn.bench import runners
+from vllm_retrieval_attn.bench.evaluate import Settings, divergence, evaluate, perplexity, table
+from vllm_retrieval_attn.bench.runners import Reply, Scores
 from vllm_retrieval_attn.bench.tasks import Task
 
 
@@ -53,9 +55,9 @@ def test_perplexity_is_over_all_tokens():
 
 
 def test_a_forced_request_can_sample_its_token_only():
-    force = runs.ForceTokens(None, torch.device("cpu"), False)
+    force = runners.ForceTokens(None, torch.device("cpu"), False)
     output: list[int] = []
-    params = SimpleNamespace(extra_args={runs._FORCED: [3, 1]})
+    params = SimpleNamespace(extra_args={runners._FORCED: [3, 1]})
     free = SimpleNamespace(extra_args=None)
     force.update_state(SimpleNamespace(added=[(0, free, [], []), (1, params, [], output)], removed=[], moved=[]))
     for want in (3, 1):
@@ -154,10 +156,10 @@ def test_longer_than_the_model_is_refused_and_the_engine_closed():
 
 
 def test_full_attention_comes_first_and_once():
-    starts = runs.engines("model", ["flat", "full", "none", "flat"], [10, 20], {})
+    starts = runners.engines("model", ["flat", "full", "none", "flat"], [10, 20], {})
     assert [name for name, _ in starts] == ["full", "flat", "none"]
-    assert [name for name, _ in runs.servers("http://a", "m", "server", None)] == ["server"]
-    assert [name for name, _ in runs.servers("http://a", "m", "server", "http://b")] == ["full", "server"]
+    assert [name for name, _ in runners.servers("http://a", "m", "server", None)] == ["server"]
+    assert [name for name, _ in runners.servers("http://a", "m", "server", "http://b")] == ["full", "server"]
 
 
 def test_the_table_sets_modes_side_by_side():
@@ -214,14 +216,14 @@ def url():
 
 
 def test_a_server_is_asked_through_its_api(url):
-    runner = runs.ServerRunner(f"{url}/v1/")
+    runner = runners.ServerRunner(f"{url}/v1/")
     assert runner.limit == 5000
     assert runner.encode("ab") == [97, 98]
     assert runs._leading(runner) == [1]
     task = Task("planted", [1, 2, 3], ["5"], 7)
     assert runner.answer(task) == Reply("first 3 7 0", None)
     runner.close()
-    assert runs.ServerRunner(url, "named").answer(task).text.startswith("named ")
+    assert runners.ServerRunner(url, "named").answer(task).text.startswith("named ")
 
 
 def test_the_command_asks_a_server(app, url, tmp_path):
@@ -243,9 +245,9 @@ def test_the_command_asks_a_server(app, url, tmp_path):
 
 def test_a_server_that_is_not_there_is_told_in_one_line():
     with pytest.raises(ValueError, match=r"^retrieval: http://127.0.0.1:9 does not name its models"):
-        runs.ServerRunner("http://127.0.0.1:9")
+        runners.ServerRunner("http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"^retrieval: http://127.0.0.1:9/tokenize does not answer for model 'm'"):
-        runs.ServerRunner("http://127.0.0.1:9", "m")
+        runners.ServerRunner("http://127.0.0.1:9", "m")
 
 
 @pytest.fixture
@@ -257,7 +259,7 @@ def app():
 
 
 def test_the_command_writes_rows_and_shows_a_table(app, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "EngineRunner", lambda model, mode, limit, options: FakeRunner(mode != "none"))
+    monkeypatch.setattr(runners, "EngineRunner", lambda model, mode, limit, options: FakeRunner(mode != "none"))
     out, text = tmp_path / "rows.json", tmp_path / "text.txt"
     text.write_text(SETTINGS.text)
     arguments = ["eval", "--model", "m", "--lengths", "1000", "--count", "1", "--tasks", "planted,prose"]
@@ -291,7 +293,7 @@ def test_an_error_is_one_line(app, tmp_path, monkeypatch):
     def start(model, mode, limit, options):
         raise ValueError("1 validation error for ModelConfig\n  Value error, too long [type=value_error]\n  see docs")
 
-    monkeypatch.setattr(runs, "EngineRunner", start)
+    monkeypatch.setattr(runners, "EngineRunner", start)
     (tmp_path / "text.txt").write_text("text")
     arguments = ["eval", "--model", "m", "--text", str(tmp_path / "text.txt")]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
