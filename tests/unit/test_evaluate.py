@@ -18,7 +18,7 @@ from vllm_retrieval_attn import cli_eval
 from vllm_retrieval_attn.bench import evaluate as runs
 from vllm_retrieval_attn.bench import runners
 from vllm_retrieval_attn.bench.evaluate import Settings, divergence, evaluate, perplexity, table
-from vllm_retrieval_attn.bench.runners import Reply, Scores
+from vllm_retrieval_attn.bench.runners import Scores
 from vllm_retrieval_attn.bench.tasks import Task
 
 
@@ -88,7 +88,7 @@ class FakeRunner:
     def answer(self, task):
         assert task.prompt[0] == 1
         self.tokens_asked.append(len(task.prompt))
-        return Reply(" ".join(task.expected) if self.sees else "no", [1] if self.sees else [2])
+        return " ".join(task.expected) if self.sees else "no"
 
     def score(self, passage):
         sure = 0.8 if self.sees else 0.4
@@ -100,9 +100,6 @@ class FakeRunner:
 
 class FakeServer(FakeRunner):
     scores_text = False
-
-    def answer(self, task):
-        return Reply(super().answer(task).text)
 
 
 SETTINGS = Settings(text="Some words of a text. " * 300, tasks=("planted", "prose"), lengths=(1000, 2000), count=2)
@@ -221,9 +218,9 @@ def test_a_server_is_asked_through_its_api(url):
     assert runner.encode("ab") == [97, 98]
     assert runs._leading(runner) == [1]
     task = Task("planted", [1, 2, 3], ["5"], 7)
-    assert runner.answer(task) == Reply("first 3 7 0", None)
+    assert runner.answer(task) == "first 3 7 0"
     runner.close()
-    assert runners.ServerRunner(url, "named").answer(task).text.startswith("named ")
+    assert runners.ServerRunner(url, "named").answer(task).startswith("named ")
 
 
 def test_the_command_asks_a_server(app, url, tmp_path):

@@ -114,3 +114,14 @@ def test_passages_are_consecutive_text():
     assert passages(encode, TEXT, 1000, 2, 0, 48) != passages(encode, TEXT, 1000, 2, 1, 48)
     with pytest.raises(ValueError, match="too few to score 48"):
         passages(encode, TEXT, 49, 1, 0, 48)
+
+
+def test_an_answer_is_compared_with_full_attentions_up_to_its_end():
+    task = Task("multivalue", [1], ["123", "Abc"], 9)
+    full = " They are abc and 123.\n\nMore text"
+    assert task.same(full, " They are abc and 123, or so")
+    assert not task.same(full, " They are 123 and abc.\n\nMore text")
+    assert not task.same(full, " They are abc and 12")
+    wrong = " They are abc.\n\nMore text"
+    assert task.same(wrong, wrong)
+    assert not task.same(wrong, wrong + "s")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from vllm_retrieval_attn.bench.runners import FULL, Reply, Runner, Scores, Starts
+from vllm_retrieval_attn.bench.runners import FULL, Runner, Scores, Starts
 from vllm_retrieval_attn.bench.tasks import GENERATORS, PROSE, TASKS, Encode, Passage, Task, passages
 
 SCORE_TOKENS = 48
@@ -84,7 +84,7 @@ class _Work:
 
     tasks: dict[tuple[str, int], list[Task]] = field(default_factory=dict)
     passages: dict[tuple[str, int], list[Passage]] = field(default_factory=dict)
-    replies: dict[tuple[str, int], list[Reply]] = field(default_factory=dict)
+    replies: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     scores: dict[tuple[str, int], list[Scores]] = field(default_factory=dict)
 
 
@@ -136,10 +136,10 @@ def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[
                 task=name,
                 length=length,
                 n=len(tasks),
-                right=_share([task.right(reply.text) for task, reply in zip(tasks, replies, strict=True)]),
+                right=_share([task.right(reply) for task, reply in zip(tasks, replies, strict=True)]),
                 same_as_full=None
                 if reference is None
-                else _share([ours.same(theirs) for ours, theirs in zip(replies, reference, strict=True)]),
+                else _share([task.same(*both) for task, *both in zip(tasks, reference, replies, strict=True)]),
                 kl=None,
                 ppl=None,
             )

@@ -35,19 +35,6 @@ _FORCED = "force_tokens"
 
 
 @dataclass(frozen=True)
-class Reply:
-    """An answer; ``tokens`` is None where only the text is known."""
-
-    text: str
-    tokens: list[int] | None = None
-
-    def same(self, other: "Reply") -> bool:
-        if self.tokens is None or other.tokens is None:
-            return self.text == other.text
-        return self.tokens == other.tokens
-
-
-@dataclass(frozen=True)
 class Scores:
     """Distributions at the S scored tokens of a passage; in 32 bits, since full attention's are kept.
 
@@ -70,7 +57,7 @@ class Runner(Protocol):
     scores_text: bool
 
     def encode(self, text: str, special: bool = False) -> list[int]: ...
-    def answer(self, task: Task) -> Reply: ...
+    def answer(self, task: Task) -> str: ...
     def score(self, passage: Passage) -> Scores: ...
     def close(self) -> None: ...
 
@@ -165,12 +152,12 @@ class EngineRunner:
     def encode(self, text: str, special: bool = False) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
-    def answer(self, task: Task) -> Reply:
+    def answer(self, task: Task) -> str:
         assert self._engine is not None
         (answer,) = self._engine.run([task.prompt], temperature=0, max_tokens=task.max_tokens)
         if answer.finish not in ("stop", "length"):
             raise RuntimeError(f"retrieval: a request ended with {answer.finish!r}; the log above says why")
-        return Reply(answer.text, answer.tokens)
+        return answer.text
 
     def score(self, passage: Passage) -> Scores:
         from vllm.sampling_params import RequestOutputKind
@@ -252,7 +239,7 @@ class ServerRunner:
     def encode(self, text: str, special: bool = False) -> list[int]:
         return list(self._tokenize(text, special)["tokens"])
 
-    def answer(self, task: Task) -> Reply:
+    def answer(self, task: Task) -> str:
         import openai
 
         try:
@@ -261,7 +248,7 @@ class ServerRunner:
             )
         except openai.OpenAIError as error:
             raise RuntimeError(f"retrieval: {self._url} did not answer: {error}") from None
-        return Reply(reply.choices[0].text)
+        return reply.choices[0].text
 
     def score(self, passage: Passage) -> Scores:
         raise NotImplementedError("a server can not be given the tokens of a text through decode steps")

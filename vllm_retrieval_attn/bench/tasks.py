@@ -38,6 +38,15 @@ class Task:
         said = answer.partition("Question:")[0].lower()
         return sum(string.lower() in said for string in self.expected) / len(self.expected)
 
+    def same(self, full: str, other: str) -> bool:
+        """Whether an answer is that of full attention, letter by letter.
+
+        Where full attention is right, up to the last expected string: what a model writes on after it has answered
+        parts at the first near-tie. Else all of it.
+        """
+        ends = [full.lower().find(string.lower()) + len(string) for string in self.expected]
+        return other.startswith(full[: max(ends)]) if self.right(full) == 1 else other == full
+
 
 @dataclass(frozen=True)
 class Passage:
