@@ -124,7 +124,7 @@ def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
         ring.close()
 
 
-@pytest.mark.parametrize(("share", "layers"), [(0.0, 1), (2.0, 2), (3.0, 3), (4.0, 4), (6.0, 4), (7.0, 7), (99.0, 7)])
+@pytest.mark.parametrize(("share", "layers"), [(0.9, 0), (2.0, 2), (3.0, 3), (4.0, 4), (6.0, 4), (7.0, 7), (99.0, 7)])
 def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(monkeypatch, share, layers):
     shape = layout(kv_heads=2, dim=16)
     shape = type(shape)(**{**vars(shape), "layers": 7})

@@ -26,7 +26,7 @@ FREE_SHARE = 0.25
 """Share of the GPU memory left free by vLLM that a build may take. The kernels of a build wait for those of a prefill,
 one after the other: the more layers they serve at once, the sooner it is done."""
 WORK_BYTES = 1 << 30
-"""At least so much is tried."""
+"""So much may be taken if it is no more than half of what is free."""
 _ROWS = 10
 """Arrays of the size of the keys in float32 that a build holds at its widest, measured by tests/gpu."""
 
@@ -91,6 +91,7 @@ class DeviceBuilder(threading.Thread):
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self.refused: SimpleQueue[Job] = SimpleQueue()
         self.busy = -1
+        self._told = False
         self._copier = _Copier(self._work, device)
         self.layers_at_once = layout.layers  # as far as memory goes: see run
         self.start()
@@ -108,9 +109,6 @@ class DeviceBuilder(threading.Thread):
             if not chosen and self._device.type == "cuda":  # by now vLLM has taken its memory
                 self._choose_layers(torch.cuda.mem_get_info(self._device)[0])
             chosen = True
-            if self.layers_at_once == 0:
-                self.refused.put(job)
-                continue
             try:
                 self._try(job)
             except Exception:
@@ -122,9 +120,8 @@ class DeviceBuilder(threading.Thread):
     def _choose_layers(self, free: int) -> None:
         lay = self._layout
         layer_bytes = _ROWS * 4 * lay.kv_heads * lay.segment_tokens * lay.dim
-        most = max(1, int(max(WORK_BYTES, free * FREE_SHARE)) // layer_bytes)
-        rounds = -(-lay.layers // min(most, lay.layers))
-        self.layers_at_once = -(-lay.layers // rounds)
+        most = min(lay.layers, int(max(min(WORK_BYTES, free / 2), free * FREE_SHARE)) // layer_bytes)
+        self.layers_at_once = -(-lay.layers // -(-lay.layers // most)) if most else 0  # equal parts
         logger.debug("retrieval: indexes of %d layers at a time are built on the GPU", self.layers_at_once)
 
     def _try(self, job: Job) -> None:
@@ -138,10 +135,12 @@ class DeviceBuilder(threading.Thread):
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 self.layers_at_once //= 2
-        logger.warning(
-            "retrieval: too little GPU memory is free to build indexes there; the CPU workers build them from now on "
-            "(lower --gpu-memory-utilization, or set build_on to 'cpu')"
-        )
+        if not self._told:
+            logger.warning(
+                "retrieval: too little GPU memory is free to build indexes there; the CPU workers build them (lower "
+                "--gpu-memory-utilization, or set build_on to 'cpu')"
+            )
+        self._told = True
         self.refused.put(job)
 
     def stop(self) -> None:
