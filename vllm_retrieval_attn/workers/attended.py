@@ -37,10 +37,13 @@ class AttendedRows:
         tokens, indexed = int(row[ROW_TOKENS]), int(row[ROW_INDEXED])
         covered = indexed * lay.segment_tokens
         kept = np.ones((lay.group, tokens), np.bool_)
+        if not indexed:
+            return kept
         slot = int(row[ROW_TABLE])
         table, slab_table = views.tables[slot].copy(), views.slab_tables[slot].copy()
         full_fence()
-        if not indexed or not views.probe_numbers[PROBE_VALID]:
+        pages, slabs = table[: lay.page_tokens_owned(tokens)], slab_table[:indexed]
+        if not views.probe_numbers[PROBE_VALID] or min(pages.min(), slabs.min()) < 0:
             return kept
         q = queries * np.float32(self._scale)
         running = (np.zeros_like(q), np.full(lay.group, -np.inf, np.float32), np.zeros(lay.group, np.float32))
