@@ -16,21 +16,6 @@ RIDGE = 1e-3
 """Share of the mean variance added to every dimension, so that few queries do not make a direction free."""
 
 
-def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    if matrix.device.type == "cpu":  # by NumPy: see Spaces.of in index/build.py
-        return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
-    factor, _ = torch.linalg.cholesky_ex(matrix)  # does not wait for the GPU
-    return factor
-
-
-def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if matrix.device.type == "cpu":
-        values, vectors = np.linalg.eigh(matrix.numpy())
-        return torch.from_numpy(values), torch.from_numpy(vectors)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors
-
-
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     return matrix + RIDGE * mean[..., None, None] * torch.eye(
@@ -39,10 +24,10 @@ def _ridged(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def rotation(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def rotation(dim: int) -> torch.Tensor:
     """A fixed random orthogonal matrix, (dim, dim) float64."""
     noise = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.from_numpy(np.linalg.qr(noise.numpy())[0]).to(device)
+    return torch.from_numpy(np.linalg.qr(noise.numpy())[0])
 
 
 def query_transform(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -55,9 +40,13 @@ def query_transform(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         (H, d, d) float32, for column vectors: ``q~ = T^-T q``.
     """
     centred = keys.float() - keys.float().mean(1, keepdim=True)
-    root = _cholesky(_ridged((centred.mT @ centred / keys.shape[1]).double()))
+    spread, moment = (part.cpu().double() for part in (centred.mT @ centred / keys.shape[1], moment))
+    # By NumPy, as in Spaces.of of index/build.py; of a GPU's keys, too: there each matrix is decomposed by many small
+    # kernels, one matrix after the other, each of which waits for what else the GPU does.
+    root = torch.from_numpy(np.linalg.cholesky(_ridged(spread).numpy()))
     # With Sk = L L^T and L^T Sq L = U w U^T, M is L^-T U w^1/2 U^T L^-1: M^1/2 is w^1/4 U^T L^-1 but for a rotation.
-    values, vectors = _eigh(root.mT @ _ridged(moment.double()) @ root)
+    found = np.linalg.eigh((root.mT @ _ridged(moment) @ root).numpy())
+    values, vectors = (torch.from_numpy(part) for part in found)
     values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)
-    turned = rotation(keys.shape[-1], keys.device) * values.pow(-0.25)[..., None, :]
-    return (turned @ vectors.mT @ root.mT).float()
+    turned = rotation(keys.shape[-1]) * values.pow(-0.25)[..., None, :]
+    return (turned @ vectors.mT @ root.mT).float().to(keys.device)
