@@ -5,6 +5,7 @@ Each patch names its reason and what would remove it. They are installed once pe
 backend, and do nothing unless the backend is selected.
 """
 
+import contextlib
 import copyreg
 import functools
 import importlib
@@ -23,7 +24,7 @@ CONNECTOR = "RetrievalConnector"
 CONNECTOR_MODULE = "vllm_retrieval_attn.kvcache.connector"
 
 END_GRACE_S = 15.0
-"""An engine that was asked to end is killed after so many seconds."""
+"""Seconds to end for an engine that vLLM would kill at once, and for the memory of a killed one to be given back."""
 
 _MARK = "_retrieval_wrapped"
 
@@ -257,15 +258,24 @@ def _patch_engine_manager() -> None:
 
     def make_shutdown(original: Any) -> Any:
         def shutdown(self: Any, timeout: float | None = None) -> None:
-            ours = getattr(self, "_retrieval", False)
-            original(self, END_GRACE_S if ours and timeout == 0 else timeout)
-            if ours:
-                from vllm_retrieval_attn.store.shared_file import remove_stale
+            if not getattr(self, "_retrieval", False):
+                original(self, timeout)
+                return
+            import psutil
 
-                for process in self.processes:
-                    if process.pid is not None:
-                        process.join(END_GRACE_S)  # a killed one takes a moment to give its memory back
-                remove_stale()
+            from vllm_retrieval_attn.store.shared_file import remove_stale
+
+            owners = set()  # engines, and the workers of their tensor-parallel ranks
+            for process in self.processes:
+                if process.pid is None:
+                    continue
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family = psutil.Process(process.pid)
+                    owners |= {family.pid, *(child.pid for child in family.children(recursive=True))}
+            # Requests had no time to end, so this is not what is left of it; see get_engine_process_shutdown_timeout.
+            at_once = timeout == 0 and self._request_shutdown_timeout == 0
+            original(self, END_GRACE_S if at_once else timeout)
+            remove_stale(owners=owners, timeout_s=END_GRACE_S)  # a killed one takes a moment to give its memory back
 
         return shutdown
 

@@ -148,6 +148,7 @@ class RetrievalWorker:
                     layout, self.arena.views, self.arena.pages, device, layer.impl.scale, config.budget or 0.0
                 )
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity, self._refresh)
+            self.arena.before_release = self._forget
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
         try:
@@ -181,13 +182,13 @@ class RetrievalWorker:
         self._message = message
 
     def _release(self, request_id: str, epoch: int) -> None:
-        store = self.arena.requests.get(request_id)
-        if self.indexed and store is not None and store.epoch <= epoch:
-            self.statistics.forget(store.slot)
-            self.sampler.forget(store.slot)
         self.arena.release(request_id, epoch)
         if request_id not in self.arena.requests:
             self._options.pop(request_id, None)
+
+    def _forget(self, store: RequestStore) -> None:
+        self.statistics.forget(store.slot)
+        self.sampler.forget(store.slot)
 
     def layer_number(self, name: str) -> int:
         return self._layer_numbers[name]

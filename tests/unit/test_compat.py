@@ -36,10 +36,10 @@ def engine(answer: Connection, seconds: float) -> None:
     file.close()
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(0.5, 0), (60, -signal.SIGKILL)])
-def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, code, monkeypatch):
+@pytest.mark.parametrize(("seconds", "grace", "code"), [(0.5, 60.0, 0), (60, 3.0, -signal.SIGKILL)])
+def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, grace, code, monkeypatch):
     compat.install()
-    monkeypatch.setattr(compat, "END_GRACE_S", 3.0)
+    monkeypatch.setattr(compat, "END_GRACE_S", grace)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=engine, args=(there, seconds), name="engine")
@@ -52,5 +52,6 @@ def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, co
     manager.processes, manager._request_shutdown_timeout, manager._retrieval = [process], 0, True
     manager._finalizer = weakref.finalize(manager, print)
     manager.shutdown(timeout=0)
+    process.join(10)
     assert process.exitcode == code
     assert path not in {str(file) for file in SHM_DIR.iterdir()}

@@ -100,14 +100,21 @@ def test_a_build_whose_request_ended_is_dropped():
         ring.close()
 
 
-def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
+@pytest.mark.parametrize(
+    ("error", "tries", "told"),
+    [
+        (torch.OutOfMemoryError("full"), [2, 1], "too little GPU memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), [2], "CPU workers build from now on"),
+    ],
+)
+def test_what_fails_on_the_device_is_built_by_the_cpu_workers(caplog, error, tries, told):
     shape = layout(kv_heads=2, group=2, dim=16, dtype="bfloat16")
     ring = DeviceRing(shape, "bfloat16", layers_at_once=2)
     tried = []
 
     def build_layers(layers, *_):
         tried.append(len(layers))
-        raise torch.OutOfMemoryError("full")
+        raise error
 
     ring.device._work.build_layers = build_layers
     for builder in ring.builders:
@@ -117,9 +124,9 @@ def test_what_does_not_fit_the_device_is_built_by_the_cpu_workers(caplog):
         ring.pages[:, 0] = 0.0
         with caplog.at_level("WARNING", logger="vllm.retrieval"):
             ring.index_rows(message)  # sees that every full segment is indexed
-        assert tried == [2, 1]
+        assert tried == tries
         assert int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)]) == 3
-        assert caplog.text.count("too little GPU memory") == 1
+        assert caplog.text.count(told) == 1
     finally:
         ring.close()
 
@@ -131,7 +138,7 @@ def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(monkey
     monkeypatch.setattr(cuda_builder, "WORK_BYTES", 0)
     builder = DeviceBuilder.__new__(DeviceBuilder)
     builder._layout = shape
-    layer_bytes = cuda_builder._ROWS * 4 * 2 * shape.segment_tokens * 16
+    layer_bytes = cuda_builder.ROWS * 4 * 2 * shape.segment_tokens * 16
     builder._choose_layers(int(share * layer_bytes / cuda_builder.FREE_SHARE))
     assert builder.layers_at_once == layers
 

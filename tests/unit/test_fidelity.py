@@ -20,6 +20,7 @@ from vllm_retrieval_attn.store.layout import (
     WORD_PROBES,
 )
 from vllm_retrieval_attn.store.segments import SegmentState
+from vllm_retrieval_attn.workers import attended
 from vllm_retrieval_attn.workers.attended import AttendedRows
 from vllm_retrieval_attn.workers.prober import Prober
 from vllm_retrieval_attn.workers.slab_work import drift
@@ -138,25 +139,29 @@ def test_a_probe_whose_request_ended_does_not_count(make):
     assert probed.ring.views.words[WORD_PROBES] == 1
 
 
-def test_a_request_that_ends_in_the_middle_of_a_probe_leaves_its_slabs_until_the_probe_is_done(make):
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_request_that_ends_in_the_middle_of_a_probe_leaves_its_slabs_until_the_probe_is_done(make, when, monkeypatch):
     probed = make()
     (store,) = probed.ring.stores
     index, slabs = probed.ring.index, set(store.slabs.values())
     prober, ended = probed.probers[0], []
-    search = prober._attended
 
-    def attended(*arguments):
+    def end():
         if not ended:
             probed.sampler.forget(store.slot)
             index.release(store)  # poisons the request's places in the tables
             assert index.used_slabs == 0
             ended.extend(iter(index._take_slab, None))  # all that there are to take
-        return search(*arguments)
 
-    prober._attended = attended
+    search, unit = prober._attended, attended.attend_unit
+    if when == "before":
+        prober._attended = lambda *arguments: (end(), search(*arguments))[1]
+    else:  # the tables have been copied
+        monkeypatch.setattr(attended, "attend_unit", lambda *arguments: (end(), unit(*arguments))[1])
     probed.step()
     prober.start()
     probed.wait()
+    assert ended
     assert slabs
     assert not slabs & set(ended)
     assert probed.sampler.figures() == {}

@@ -145,3 +145,19 @@ def test_process_start_tells_living_from_dead_and_zombie():
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     assert shared_file.process_start(child.pid) is None
     child.wait()
+
+
+def test_the_file_of_an_owner_that_is_about_to_go_is_waited_for(tmp_path):
+    owner = subprocess.Popen(["sleep", "0.5"])
+    stays = subprocess.Popen(["sleep", "60"])
+    try:
+        names = [name_of(process.pid, process_start(process.pid)) for process in (owner, stays)]
+        for name in names:
+            (tmp_path / name).write_bytes(b"x")
+        assert remove_stale(tmp_path, {stays.pid}, 0.2) == []
+        assert remove_stale(tmp_path, {owner.pid}, 20) == names[:1]
+        assert [file.name for file in tmp_path.iterdir()] == names[1:]
+    finally:
+        stays.kill()
+        stays.wait()
+        owner.wait()

@@ -6,7 +6,7 @@ workers search it. They build nothing meanwhile but what does not fit the GPU's 
 
 import logging
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
@@ -26,9 +26,10 @@ FREE_SHARE = 0.25
 """Share of the GPU memory left free by vLLM that a build may take. The kernels of a build wait for those of a prefill,
 one after the other: the more layers they serve at once, the sooner it is done."""
 WORK_BYTES = 1 << 30
-"""So much may be taken if it is no more than half of what is free."""
-_ROWS = 10
-"""Arrays of the size of the keys in float32 that a build holds at its widest, measured by tests/gpu."""
+"""So much may be taken in any case, but no more than half of what is free."""
+ROWS = 10
+"""Arrays of the size of the keys in float32 that a build holds at its widest; calibration holds 5, and three scores of
+each sampled query and key. tests/gpu compares."""
 
 
 class _Copier:
@@ -57,10 +58,11 @@ class _Copier:
 
     def finish(self) -> None:
         """Wait until all slabs are where they belong."""
-        under_way, self._under_way = self._under_way, [None, None]
+        under_way = [copying for copying in self._under_way if copying is not None]
+        self._under_way = [None, None]
+        wait(under_way)
         for copying in under_way:
-            if copying is not None:
-                copying.result()
+            copying.result()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -92,6 +94,7 @@ class DeviceBuilder(threading.Thread):
         self.refused: SimpleQueue[Job] = SimpleQueue()
         self.busy = -1
         self._told = False
+        self._stopping = threading.Event()
         self._copier = _Copier(self._work, device)
         self.layers_at_once = layout.layers  # as far as memory goes: see run
         self.start()
@@ -102,24 +105,35 @@ class DeviceBuilder(threading.Thread):
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
         chosen = False
-        while (job := self._queue.get()) is not None:
-            if not chosen and self._device.type == "cuda":  # by now vLLM has taken its memory
-                self._choose_layers(torch.cuda.mem_get_info(self._device)[0])
-            chosen = True
+        while (job := self._queue.get()) is not None and not self._stopping.is_set():
             try:
+                if not chosen and self._device.type == "cuda":  # by now vLLM has taken its memory
+                    torch.cuda.set_device(self._device)
+                    self._choose_layers(torch.cuda.mem_get_info(self._device)[0])
+                chosen = True
                 self._try(job)
-            except Exception:
-                if int(self._views.generations[int(job[JOB_SLAB])]) == int(job[JOB_GENERATION]):
-                    # The segment stays sealed and is scanned exactly.
+            except np.linalg.LinAlgError:  # keys that are no numbers: the request ended, or its model has gone astray
+                if self._wanted(job):  # stays sealed and is scanned exactly
                     logger.exception("retrieval: building an index on the GPU failed")
+            except Exception:
+                chosen, self.layers_at_once = True, 0
+                if not self._stopping.is_set():
+                    logger.exception(
+                        "retrieval: building an index on the GPU failed; the CPU workers build from now on"
+                    )
+                    self._told = True
+                    self.refused.put(job)
             self.busy = -1
+
+    def _wanted(self, job: Job) -> bool:
+        """Whether the slab of a job still waits for it."""
+        return int(self._views.generations[int(job[JOB_SLAB])]) == int(job[JOB_GENERATION])
 
     def _choose_layers(self, free: int) -> None:
         lay = self._layout
-        layer_bytes = _ROWS * 4 * lay.kv_heads * lay.segment_tokens * lay.dim
+        floats = max(ROWS * lay.dim, 5 * lay.dim + 3 * lay.group * lay.samples)
+        layer_bytes = 4 * floats * lay.kv_heads * lay.segment_tokens
         most = min(lay.layers, int(max(min(WORK_BYTES, free / 2), free * FREE_SHARE)) // layer_bytes)
         self.layers_at_once = -(-lay.layers // -(-lay.layers // most)) if most else 0  # equal parts
         logger.debug("retrieval: indexes of %d layers at a time are built on the GPU", self.layers_at_once)
@@ -133,8 +147,8 @@ class DeviceBuilder(threading.Thread):
                     self._serve(job)
                 return
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
                 self.layers_at_once //= 2
+            torch.cuda.empty_cache()  # not above: there the error still holds on to what the build had
         if not self._told:
             logger.warning(
                 "retrieval: too little GPU memory is free to build indexes there; the CPU workers build them (lower "
@@ -144,9 +158,11 @@ class DeviceBuilder(threading.Thread):
         self.refused.put(job)
 
     def stop(self) -> None:
+        self._stopping.set()
         self._queue.put(None)
-        self.join(timeout=10)
-        self._copier.close()
+        self.join(timeout=5)
+        if not self.is_alive():
+            self._copier.close()
 
     def _serve(self, job: Job) -> None:
         views, lay = self._views, self._layout
@@ -161,7 +177,7 @@ class DeviceBuilder(threading.Thread):
         try:
             for first in range(0, lay.layers, at_once):
                 layers = range(first, min(lay.layers, first + at_once))
-                if int(views.generations[slab]) != generation:
+                if int(views.generations[slab]) != generation or self._stopping.is_set():
                     return
                 self._work.build_layers(layers, self._fetch(table, layers), job, self._copier)
         finally:

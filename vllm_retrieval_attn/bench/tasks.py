@@ -5,6 +5,7 @@ in RULER, so that a model can be asked at its full context. ``encode`` gives tok
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,8 +45,10 @@ class Task:
         Where full attention is right, up to the last expected string: what a model writes on after it has answered
         parts at the first near-tie. Else all of it.
         """
-        ends = [full.lower().find(string.lower()) + len(string) for string in self.expected]
-        return other.startswith(full[: max(ends)]) if self.right(full) == 1 else other == full
+        found = [re.search(re.escape(string), full, re.IGNORECASE) for string in self.expected]
+        if self.right(full) < 1:
+            return other == full
+        return other.startswith(full[: max(match.end() for match in found if match)])
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Arena:
         self._slots = list(range(layout.max_rows - 1, -1, -1))
         self.requests: dict[str, RequestStore] = {}
         self.index = IndexQueue(layout, self.views)
+        self.before_release: Callable[[RequestStore], None] | None = None
 
     @property
     def used_pages(self) -> int:
@@ -108,6 +109,8 @@ class Arena:
         if store is None or store.epoch > epoch:
             return
         del self.requests[request_id]
+        if self.before_release is not None:
+            self.before_release(store)
         self.index.release(store)
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)

@@ -69,6 +69,7 @@ class IndexQueue:
 
     @property
     def used_slabs(self) -> int:
+        self._reclaim()
         return self._layout.slabs - len(self._free) - len(self._probed)
 
     @property
@@ -135,11 +136,14 @@ class IndexQueue:
         handed = int(words[WORD_PROBES])
         return any(int(words[views.actor_word(a, ACTOR_PROBES)]) != handed for a in range(self._layout.actors))
 
-    def _take_slab(self) -> int | None:
-        views = self._views
+    def _reclaim(self) -> None:
         if self._probed and not self._probing():
             self._free.extend(self._probed)
             self._probed.clear()
+
+    def _take_slab(self) -> int | None:
+        views = self._views
+        self._reclaim()
         busy = {int(views.words[views.actor_word(a, ACTOR_SLAB)]) for a in range(self._layout.actors)}
         if self.device_builder is not None:
             busy.add(self.device_builder.busy)

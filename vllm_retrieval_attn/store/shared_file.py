@@ -12,6 +12,8 @@ import mmap
 import os
 import re
 import shutil
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 logger = logging.getLogger("vllm.retrieval")
@@ -30,14 +32,26 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def remove_stale(directory: Path = SHM_DIR) -> list[str]:
-    """Remove the files of owners that are gone; returns their names."""
+def remove_stale(directory: Path = SHM_DIR, owners: Collection[int] = (), timeout_s: float = 0.0) -> list[str]:
+    """Remove the files of owners that are gone; returns their names.
+
+    Args:
+        owners: process ids that are about to go. timeout_s: how long to wait for them while they have files.
+    """
     removed = []
-    for path in directory.glob(f"{_PREFIX}-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and process_start(int(match[1])) != int(match[2]):
-            path.unlink(missing_ok=True)
-            removed.append(path.name)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        waiting = False
+        for path in directory.glob(f"{_PREFIX}-*"):
+            match = _NAME.fullmatch(path.name)
+            if match and process_start(int(match[1])) != int(match[2]):
+                path.unlink(missing_ok=True)
+                removed.append(path.name)
+            elif match:
+                waiting = waiting or int(match[1]) in owners
+        if not waiting or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     if removed:
         logger.info("retrieval: removed shared memory of a killed server: %s", ", ".join(removed))
     return removed

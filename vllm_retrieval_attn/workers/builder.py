@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Protocol
 
 import numpy as np
@@ -112,8 +112,10 @@ class Builder(threading.Thread):
             if int(views.generations[slab]) == generation and not self._stopping.is_set():
                 (self._work.refresh if refresh else self._work.build)(layer, pages, job)
 
-        for future in [self._workers.submit(build, layer) for layer in range(lay.layers)]:
-            future.result()
+        layers = [self._workers.submit(build, layer) for layer in range(lay.layers)]
+        wait(layers)  # all of them: the slab may be given away once this returns, or raises
+        for layer in layers:
+            layer.result()
         if int(views.generations[slab]) == generation and not refresh:
             full_fence()
             views.built[slab, self._actor] = generation
