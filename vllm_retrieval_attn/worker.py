@@ -186,7 +186,7 @@ class RetrievalWorker:
         if request_id not in self.arena.requests:
             self._options.pop(request_id, None)
 
-    def _forget(self, store: RequestStore) -> None:
+    def _forget(self, store: "RequestStore") -> None:
         self.statistics.forget(store.slot)
         self.sampler.forget(store.slot)
 
