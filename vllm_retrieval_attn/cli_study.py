@@ -39,6 +39,7 @@ def index_study(
 ) -> None:
     """Compare kinds of index on real queries, keys and values: a table, a plot, and rows as JSON."""
     from vllm_retrieval_attn.bench import capture as capturing
+    from vllm_retrieval_attn.bench.capture_file import load
     from vllm_retrieval_attn.bench.study import plot, study, summary
 
     # A terminal's width is the user's business; a file or a pipe gets whole lines.
@@ -60,7 +61,7 @@ def index_study(
                         task, description=f"capturing: {stage}", completed=done, total=total
                     ),
                 )
-            heads = [head for path in qkv for head in capturing.load(path)]
+            heads = [head for path in qkv for head in load(path)]
             task = progress.add_task("searching", total=len(heads))
             rows = study(heads, kinds.split(","), shares, queries, most, advance=lambda name: progress.advance(task))
     except (ValueError, OSError) as error:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_retrieval_attn.bench.capture import load
+from vllm_retrieval_attn.bench.capture_file import load
 from vllm_retrieval_attn.index import dot
 from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.build import build_segment, cluster, make_spaces, order_points, pack_blocks, pack_rows

@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from vllm_retrieval_attn.attention.merge import merge_partials
-from vllm_retrieval_attn.bench import capture
+from vllm_retrieval_attn.bench import capture, capture_file
 from vllm_retrieval_attn.bench.needles import planted_document
 
 VOCABULARY, HEADS, KV_HEADS, DIM = 512, 4, 2, 16
@@ -169,8 +169,8 @@ def test_attention_in_halves(dtype, window):
 def test_file_round_trip(llama, tokens, tmp_path):
     heads, _ = capture.capture_tokens(llama, tokens, "some-model_1.5", layers=[0, 2], **GIVEN)
     path = tmp_path / "new" / "capture.npz"
-    capture.save(path, heads)
-    read = capture.load(path)
+    capture_file.save(path, heads)
+    read = capture_file.load(path)
     assert len(read) == 4
     for one, other in zip(heads, read, strict=True):
         np.testing.assert_equal(asdict(other), asdict(one))
@@ -184,24 +184,24 @@ def test_file_round_trip(llama, tokens, tmp_path):
 def test_load_refuses_what_is_no_capture(llama, tokens, tmp_path):
     path = tmp_path / "x.npz"
     with pytest.raises(ValueError, match="No such file"):
-        capture.load(path)
+        capture_file.load(path)
     path.write_text("text")
     with pytest.raises(ValueError, match=r"not an \.npz file"):
-        capture.load(path)
+        capture_file.load(path)
     np.savez(path, other=np.zeros(3))
     with pytest.raises(ValueError, match="no array named"):
-        capture.load(path)
+        capture_file.load(path)
     (head, *_), _ = capture.capture_tokens(llama, tokens, "tiny", layers=[0], **GIVEN)
-    capture.save(path, [replace(head, V=head.V[1:])])
+    capture_file.save(path, [replace(head, V=head.V[1:])])
     with pytest.raises(ValueError, match="tiny_L0_h0_V has shape"):
-        capture.load(path)
-    capture.save(path, [replace(head, bound=LENGTH + 1)])
+        capture_file.load(path)
+    capture_file.save(path, [replace(head, bound=LENGTH + 1)])
     with pytest.raises(ValueError, match=r"K\[8:151\] of 150 keys"):
-        capture.load(path)
+        capture_file.load(path)
     with np.load(path) as file:
         np.savez(path, **{name: array for name, array in file.items() if not name.endswith("_osw")})
     with pytest.raises(ValueError, match="tiny_L0_h0 lacks osw"):
-        capture.load(path)
+        capture_file.load(path)
 
 
 def test_layers_that_can_not_be_captured(llama, gemma):

@@ -74,7 +74,6 @@ class FakeRunner:
     """Knows the answer if ``sees``; its distributions are as sure of the text."""
 
     limit = 4000
-    scores_text = True
     open_now = 0
 
     def __init__(self, sees: bool) -> None:
@@ -99,7 +98,8 @@ class FakeRunner:
 
 
 class FakeServer(FakeRunner):
-    scores_text = False
+    def score(self, passage):
+        return None
 
 
 SETTINGS = Settings(text="Some words of a text. " * 300, tasks=("planted", "prose"), lengths=(1000, 2000), count=2)

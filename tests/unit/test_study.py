@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_retrieval_attn.bench.capture import load
+from vllm_retrieval_attn.bench.capture_file import load
 from vllm_retrieval_attn.bench.study import study, summary
 from vllm_retrieval_attn.cli import app
 from vllm_retrieval_attn.index.registry import KINDS

@@ -1,7 +1,7 @@
 """Builds indexes on the GPU, beside the model: a thread of the vLLM worker with a stream of its own.
 
 Rows come back from the pinned arena, some layers at a time; what is built goes into the shared file, where the CPU
-workers search it. They build nothing meanwhile but what does not fit the GPU's memory.
+workers search it. They build nothing meanwhile, until a build here has failed.
 """
 
 import logging
@@ -77,7 +77,7 @@ class DeviceBuilder(threading.Thread):
 
     Attributes:
         busy: the slab that is being written; -1: none.
-        refused: jobs for others, once GPU memory was short.
+        refused: jobs for the CPU workers, once a build here has failed.
         layers_at_once: how many layers are built in one go; 0: none are built here.
     """
 
@@ -116,7 +116,7 @@ class DeviceBuilder(threading.Thread):
             except np.linalg.LinAlgError:  # keys that are no numbers: the request ended, or its model has gone astray
                 if self._wanted(job):  # stays sealed and is scanned exactly
                     logger.exception("retrieval: building an index on the GPU failed")
-            except Exception:
+            except Exception:  # short memory has many names in CUDA; the CPU workers can build whatever it was
                 chosen, self.layers_at_once = True, 0
                 if not self._stopping.is_set():
                     logger.exception(

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
-    ACTOR_PROBES,
     FIDELITY_ERROR,
     FIDELITY_HEADS,
     FIDELITY_MASS,
@@ -138,10 +137,7 @@ class DecodeSampler:
         if not self._waiting:
             return
         views = self._views
-        if any(
-            int(views.words[views.actor_word(a, ACTOR_PROBES)]) != int(views.words[WORD_PROBES])
-            for a in range(self._layout.actors)
-        ):
+        if views.probing():
             return
         self._waiting = False
         sums = views.fidelity.sum(axis=0)

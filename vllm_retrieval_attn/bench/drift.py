@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_retrieval_attn.bench.capture import Head, load
+from vllm_retrieval_attn.bench.capture_file import Head, load
 from vllm_retrieval_attn.bench.study import TOP, merge
 from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.flat import attend_exactly

@@ -148,8 +148,8 @@ def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[
         what, scores = f"{mode}: {name} at {length:,} tokens", []
         advance(what, 0)
         for part in parts:
-            if runner.scores_text:
-                scores.append(runner.score(part))
+            if (found := runner.score(part)) is not None:
+                scores.append(found)
             advance(what, 1)
         if mode == FULL:
             work.scores[name, length] = scores

@@ -54,11 +54,12 @@ class Runner(Protocol):
 
     limit: int
     """Most tokens of a request."""
-    scores_text: bool
 
     def encode(self, text: str, special: bool = False) -> list[int]: ...
     def answer(self, task: Task) -> str: ...
-    def score(self, passage: Passage) -> Scores: ...
+    def score(self, passage: Passage) -> Scores | None:
+        """None from what can not be given the tokens of a text through decode steps."""
+
     def close(self) -> None: ...
 
 
@@ -114,8 +115,6 @@ class EngineRunner:
         model: folder or name. mode: one of MODES.
         limit: tokens of the longest request. options: for ``vllm.LLM`` and, under ``retrieval``, our knobs.
     """
-
-    scores_text = True
 
     def __init__(self, model: str, mode: str, limit: int, options: dict[str, Any]) -> None:
         from vllm.platforms import current_platform
@@ -207,8 +206,6 @@ class ServerRunner:
         url: as ``http://host:port``. model: served name; None takes the server's first.
     """
 
-    scores_text = False
-
     def __init__(self, url: str, model: str | None = None) -> None:
         import openai
 
@@ -250,8 +247,8 @@ class ServerRunner:
             raise RuntimeError(f"retrieval: {self._url} did not answer: {error}") from None
         return reply.choices[0].text
 
-    def score(self, passage: Passage) -> Scores:
-        raise NotImplementedError("a server can not be given the tokens of a text through decode steps")
+    def score(self, passage: Passage) -> None:
+        """Nothing: vLLM's API takes no tokens for decode steps."""
 
     def close(self) -> None:
         self._client.close()

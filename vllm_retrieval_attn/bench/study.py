@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_retrieval_attn.bench.capture import Head
+from vllm_retrieval_attn.bench.capture_file import Head
 from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.base import AttentionIndex, Floats
 from vllm_retrieval_attn.index.registry import KINDS, make_index

@@ -222,7 +222,7 @@ def attend_nodes(
     query_bytes = q8.shape[1]
     # 1. nodes
     allowed = 0.0
-    turn = np.float64(-1.0)
+    turn = np.float64(-1.0)  # whose transform the queries are in; kept through the steps below
     segment = -1
     for i in range(nodes):
         number = node_begin + i
@@ -291,7 +291,6 @@ def attend_nodes(
     # 2. leaves of the nodes kept
     found = 0
     segment = -1
-    turn = np.float64(-1.0)
     for i in range(nodes):
         if not node_kept[i]:
             continue
@@ -342,7 +341,6 @@ def attend_nodes(
     kept = 0
     keys = 0
     segment = -1
-    turn = np.float64(-1.0)
     for leaf in range(found):
         where = leaf_ids[leaf]
         size = leaf_size[leaf]

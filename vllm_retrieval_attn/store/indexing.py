@@ -14,7 +14,6 @@ import numpy as np
 
 from vllm_retrieval_attn.store.layout import (
     ACTOR_JOBS,
-    ACTOR_PROBES,
     ACTOR_SLAB,
     JOB_BUILD,
     JOB_REFRESH,
@@ -22,7 +21,6 @@ from vllm_retrieval_attn.store.layout import (
     PROBE_ROW,
     ROW_TABLE,
     WORD_JOBS,
-    WORD_PROBES,
     Layout,
 )
 from vllm_retrieval_attn.store.segments import RequestStore, Segment, SegmentState
@@ -130,14 +128,8 @@ class IndexQueue:
                 self._post(int(self._views.generations[slab]), store.slot, segment.number, slab, JOB_REFRESH)
                 self.refreshes += 1
 
-    def _probing(self) -> bool:
-        """Whether a probe has been handed over and is not done."""
-        views, words = self._views, self._views.words
-        handed = int(words[WORD_PROBES])
-        return any(int(words[views.actor_word(a, ACTOR_PROBES)]) != handed for a in range(self._layout.actors))
-
     def _reclaim(self) -> None:
-        if self._probed and not self._probing():
+        if self._probed and not self._views.probing():
             self._free.extend(self._probed)
             self._probed.clear()
 
@@ -178,7 +170,7 @@ class IndexQueue:
         for slab in store.slabs.values():
             self._views.generations[slab] = 0
         full_fence()  # before a later look at which slabs builders write to
-        read = self._probing() and int(self._views.probe_numbers[PROBE_ROW + ROW_TABLE]) == store.slot
+        read = self._views.probing() and int(self._views.probe_numbers[PROBE_ROW + ROW_TABLE]) == store.slot
         (self._probed if read else self._free).extend(store.slabs.values())
         store.slabs.clear()
         self._views.slab_tables[store.slot] = np.iinfo(np.int64).min // 2

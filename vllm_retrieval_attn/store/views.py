@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
     ACTOR_PID,
+    ACTOR_PROBES,
     ACTOR_WORDS,
     FIDELITY_FIELDS,
     FIXED_WORDS,
@@ -17,6 +18,7 @@ from vllm_retrieval_attn.store.layout import (
     PROBE_ROW,
     ROW_FIELDS,
     STAT_FIELDS,
+    WORD_PROBES,
     Layout,
 )
 
@@ -102,6 +104,7 @@ class Views:
         self.pages: Array = pages
         self.pages16: Array = pages.view(np.uint16)
         self.pages32: Array = pages.view(np.float32)
+        self._actors = layout.actors
         self._lane_base = FIXED_WORDS
         self._actor_base = FIXED_WORDS + layout.lanes * LANE_WORDS
 
@@ -112,3 +115,8 @@ class Views:
     def actor_word(self, actor: int, which: int = ACTOR_PID) -> int:
         """Index into ``words`` of an actor's word; ACTOR_PID is 0 while it is not attached."""
         return self._actor_base + actor * ACTOR_WORDS + which
+
+    def probing(self) -> bool:
+        """Whether a probe has been handed over that not all actors are done with."""
+        handed = int(self.words[WORD_PROBES])
+        return any(int(self.words[self.actor_word(a, ACTOR_PROBES)]) != handed for a in range(self._actors))
