@@ -8,6 +8,7 @@ from tests.unit.test_device_builder import DeviceRing
 from vllm_retrieval_attn.attention import cuda_builder
 from vllm_retrieval_attn.index.build import build_segment, make_spaces
 from vllm_retrieval_attn.index.calibrate import calibrated_share
+from vllm_retrieval_attn.index.device_kernels import assign
 from vllm_retrieval_attn.index.segment import SegmentShape
 from vllm_retrieval_attn.store.layout import ROW_BUDGET, ROW_RERANK, ROW_TAIL
 
@@ -22,6 +23,7 @@ def test_a_full_budget_over_segments_built_on_the_gpu_equals_brute_force(dim):
     shape = layout(kv_heads=2, group=2, dim=dim, dtype="bfloat16")
     ring = DeviceRing(shape, "bfloat16", "cuda", layers_at_once=2)
     try:
+        ring.device.warm_up()
         message, stored = ring.fill(1, [1000, 700], 3)
         ring.pages[:, 0] = 0.0
         ring.index_rows(message)
@@ -40,15 +42,34 @@ def test_a_full_budget_over_segments_built_on_the_gpu_equals_brute_force(dim):
 def test_a_build_takes_no_more_memory_than_it_is_planned_with(dim, sampled):
     heads, tokens = 8, 8192
     shape = SegmentShape(tokens, dim)
+    torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda"))  # cuBLAS takes what it keeps
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    stage = torch.randn(heads, 2, tokens, dim, device="cuda", dtype=torch.bfloat16)
-    rows = stage.float()
+    pages = torch.randn(2, heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    rows = pages.transpose(0, 1).contiguous()
+    del pages
     slabs = torch.zeros(heads, shape.bytes, dtype=torch.uint8, device="cuda")
     spaces = make_spaces(rows[:, 0], torch.eye(dim, device="cuda").expand(heads, dim, dim))
     build_segment(shape, rows[:, 0], rows[:, 1], spaces, torch.zeros(heads), slabs)
     queries, lse = torch.randn(heads, sampled, dim, device="cuda"), torch.full((heads, sampled), 9.0, device="cuda")
-    calibrated_share(shape, slabs, rows[:, 0], spaces, queries, lse)
+    calibrated_share(shape, slabs, rows[:, 0].float(), spaces, queries, lse)
     used = torch.cuda.max_memory_allocated() - before
+    print(f"d {dim}, {sampled} sampled queries: {used / (4 * heads * tokens * dim):.2f} arrays of the keys' size")
     assert used <= 4 * heads * tokens * max(cuda_builder.ROWS * dim, 5 * dim + 3 * sampled)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_assignment_on_the_gpu_finds_the_nearest_centroids(dim):
+    torch.manual_seed(0)
+    points = torch.randn(3, 1000, dim)
+    centroids = points[:, :70] + 0.3 * torch.randn(3, 70, dim)
+    labels, sums, sizes = (part.cpu() for part in assign(points.cuda(), centroids.cuda(), True))
+    distances = torch.cdist(points, centroids)
+    found = distances.gather(2, labels[..., None])[..., 0]
+    torch.testing.assert_close(found, distances.amin(2), atol=0, rtol=1e-3)  # TF32
+    torch.testing.assert_close(sizes, torch.zeros_like(sizes).scatter_add_(1, labels, torch.ones(3, 1000)))
+    torch.testing.assert_close(
+        sums, torch.zeros_like(sums).scatter_add_(1, labels[..., None].expand_as(points), points)
+    )
+    torch.testing.assert_close(assign(points.cuda(), centroids.cuda(), False)[0].cpu(), labels)

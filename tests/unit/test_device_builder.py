@@ -1,5 +1,6 @@
 """The builder that the vLLM worker runs itself: the same slabs as the CPU workers', on whatever device."""
 
+import threading
 import time
 
 import numpy as np
@@ -91,9 +92,8 @@ def test_a_build_whose_request_ended_is_dropped():
         ring.fill_statistics()
         message, _ = ring.fill(0, [300], 1)
         ring.device.post(5, int(message[0, 0]), 0, 3, 0)  # no slab has generation 5
-        deadline = time.monotonic() + 30
-        while not ring.device._queue.empty() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        wait_for(ring.device._queue.empty)
+        wait_for(lambda: not ring.device.busy)
         assert (ring.views.built == 0).all()
         assert ring.device.is_alive()
     finally:
@@ -132,25 +132,100 @@ def test_what_fails_on_the_device_is_built_by_the_cpu_workers(caplog, error, tri
 
 
 @pytest.mark.parametrize(("share", "layers"), [(0.9, 0), (2.0, 2), (3.0, 3), (4.0, 4), (6.0, 4), (7.0, 7), (99.0, 7)])
-def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(monkeypatch, share, layers):
-    shape = layout(kv_heads=2, dim=16)
+def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(share, layers):
+    shape = layout(kv_heads=2, dim=128)
     shape = type(shape)(**{**vars(shape), "layers": 7})
-    monkeypatch.setattr(cuda_builder, "WORK_BYTES", 0)
     builder = DeviceBuilder.__new__(DeviceBuilder)
     builder._layout = shape
-    layer_bytes = cuda_builder.ROWS * 4 * 2 * shape.segment_tokens * 16
-    builder._choose_layers(int(share * layer_bytes / cuda_builder.FREE_SHARE))
-    assert builder.layers_at_once == layers
+    layer_bytes = cuda_builder.ROWS * 4 * 2 * shape.segment_tokens * 128
+    assert builder._layers_in(int(share * layer_bytes / cuda_builder.FREE_SHARE)) == layers
 
 
-def test_a_copy_home_that_fails_fails_the_build():
-    ring = DeviceRing(layout(kv_heads=1, dim=16))
+def test_a_warm_up_builds_what_belongs_to_nothing():
+    ring = DeviceRing(layout(kv_heads=2, group=2, dim=16, dtype="bfloat16"), "bfloat16", layers_at_once=2)
     try:
-        copier = ring.device._copier
-        copier([0], torch.zeros(1, ring.layout.slab_bytes, dtype=torch.uint8))
-        copier([0, 1], torch.zeros(1, ring.layout.slab_bytes, dtype=torch.uint8))  # one slab too few
-        with pytest.raises(ValueError, match="shorter"):
-            copier.finish()
-        copier.finish()
+        before = ring.views.index8.copy()
+        built = []
+        rehearse = ring.device._work.rehearse
+        ring.device._work.rehearse = lambda rows: built.append(rehearse(rows)) or built[-1]
+        ring.device.warm_up()
+        assert built[0].shape == (4, ring.layout.slab_bytes)  # 2 layers, 2 KV heads
+        assert built[0].view(torch.float64)[:, 0].eq(1).all()  # HEAD_STATE: whole
+        np.testing.assert_array_equal(ring.views.index8, before)
+        assert ring.device.busy == set()
     finally:
         ring.close()
+
+
+def test_a_warm_up_that_fails_leaves_builds_to_the_cpu_workers(caplog):
+    ring = DeviceRing(layout(kv_heads=2, group=2, dim=16, dtype="bfloat16"), "bfloat16", layers_at_once=2)
+    try:
+
+        def rehearse(rows):
+            raise RuntimeError("no kernel image is available")
+
+        ring.device._work.rehearse = rehearse
+        ring.device.warm_up()
+        assert "CPU workers build from now on" in caplog.text
+        for builder in ring.builders:
+            builder.start()
+        message, _ = ring.fill(1, [700, 300], 4)
+        ring.pages[:, 0] = 0.0
+        ring.index_rows(message)  # sees that every full segment is indexed
+        assert int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)]) == 3
+    finally:
+        ring.close()
+
+
+def test_a_slab_is_busy_until_its_copy_home_has_landed():
+    ring = DeviceRing(layout(kv_heads=1, dim=16))
+    go, write = threading.Event(), ring.device._work.write
+
+    def late(starts, slabs):
+        assert go.wait(60)
+        write(starts, slabs)
+
+    ring.device._copier._write = late
+    try:
+        ring.fill_statistics()
+        message, _ = ring.fill(1, [300], 1)
+        ring.pages[:, 0] = 0.0
+        table, slab = int(message[0, 0]), 3
+        ring.views.generations[slab] = 5
+        ring.device.post(5, table, 0, slab, 0)
+        wait_for(lambda: ring.device.busy == {slab})
+        wait_for(lambda: ring.device._copier._since == [] and ring.device._queue.empty())
+        assert ring.device.busy == {slab}
+        assert not (ring.views.built[slab] == 5).any()
+        go.set()
+        wait_for(lambda: ring.device.busy == set())
+        assert (ring.views.built[slab] == 5).all()
+    finally:
+        go.set()
+        ring.close()
+
+
+def test_a_copy_home_that_fails_is_built_by_the_cpu_workers(caplog):
+    ring = DeviceRing(layout(kv_heads=2, group=2, dim=16, dtype="bfloat16"), "bfloat16", layers_at_once=2)
+
+    def lost(starts, slabs):
+        raise OSError("no space")
+
+    ring.device._copier._write = lost
+    for builder in ring.builders:
+        builder.start()
+    try:
+        message, _ = ring.fill(1, [700, 300], 4)
+        ring.pages[:, 0] = 0.0
+        ring.index_rows(message)  # sees that every full segment is indexed
+        assert int(ring.views.words[ring.views.actor_word(0, ACTOR_JOBS)]) == 3
+        assert "CPU workers build from now on" in caplog.text
+    finally:
+        ring.close()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

@@ -6,14 +6,17 @@ workers search it. They build nothing meanwhile, until a build here has failed.
 
 import logging
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.attention.slab_copier import SlabCopier
 from vllm_retrieval_attn.store.layout import JOB_GENERATION, JOB_SEGMENT, JOB_SLAB, JOB_TABLE, Layout
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.builder import Job
@@ -22,50 +25,13 @@ from vllm_retrieval_attn.workers.sync import full_fence
 
 logger = logging.getLogger("vllm.retrieval")
 
-FREE_SHARE = 0.25
-"""Share of the GPU memory left free by vLLM that a build may take. The kernels of a build wait for those of a prefill,
-one after the other: the more layers they serve at once, the sooner it is done."""
-WORK_BYTES = 1 << 30
-"""So much may be taken in any case, but no more than half of what is free."""
-ROWS = 10
+FREE_SHARE = 0.5
+"""Share of the GPU memory left free by vLLM that a build may take; what it took is lent back where vLLM runs short. The
+kernels of a build wait for those of a prefill, one after the other: the more layers they serve at once, the sooner it
+is done."""
+ROWS = 6
 """Arrays of the size of the keys in float32 that a build holds at its widest; calibration holds 5, and three scores of
 each sampled query and key. tests/gpu compares."""
-
-
-class _Copier:
-    """Copies slabs home while the next ones are built: through two buffers, pinned for a GPU, by a thread of its own.
-
-    Args:
-        work: knows where slabs go. device: where they come from.
-    """
-
-    def __init__(self, work: SlabWork, device: torch.device) -> None:
-        self._work, self._pinned = work, device.type == "cuda"
-        self._thread = ThreadPoolExecutor(1, "retrieval-slab-copier")
-        self._buffers: list[torch.Tensor | None] = [None, None]
-        self._under_way: list[Future[None] | None] = [None, None]
-        self._turn = 0
-
-    def __call__(self, starts: list[int], slabs: torch.Tensor) -> None:
-        self._turn ^= 1
-        if (copying := self._under_way[self._turn]) is not None:
-            copying.result()
-        buffer = self._buffers[self._turn]
-        if buffer is None or len(buffer) < len(slabs):
-            buffer = self._buffers[self._turn] = torch.empty(slabs.shape, dtype=slabs.dtype, pin_memory=self._pinned)
-        home = buffer[: len(slabs)].copy_(slabs)  # waits for the GPU
-        self._under_way[self._turn] = self._thread.submit(self._work.write, starts, home)
-
-    def finish(self) -> None:
-        """Wait until all slabs are where they belong."""
-        under_way = [copying for copying in self._under_way if copying is not None]
-        self._under_way = [None, None]
-        wait(under_way)
-        for copying in under_way:
-            copying.result()
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class DeviceBuilder(threading.Thread):
@@ -76,7 +42,6 @@ class DeviceBuilder(threading.Thread):
         scale: softmax scale. share: of keys to scan; 0: calibrate for each KV head.
 
     Attributes:
-        busy: the slab that is being written; -1: none.
         refused: jobs for the CPU workers, once a build here has failed.
         layers_at_once: how many layers are built in one go; 0: none are built here.
     """
@@ -90,72 +55,99 @@ class DeviceBuilder(threading.Thread):
         self._layout, self._views, self._pages, self._device = layout, views, pages, device
         self._work = SlabWork(layout, views, list(range(layout.kv_heads)), scale, share)
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[Job | threading.Event | None] = SimpleQueue()
         self.refused: SimpleQueue[Job] = SimpleQueue()
-        self.busy = -1
+        self._busy: set[int] = set()
         self._told = False
         self._stopping = threading.Event()
-        self._copier = _Copier(self._work, device)
+        self._copier = SlabCopier(self._work.write, device)
         self.layers_at_once = layout.layers  # as far as memory goes: see run
         self.start()
+
+    @property
+    def busy(self) -> set[int]:
+        """The slabs that are being written."""
+        return self._busy.copy()
 
     def post(self, *job: int) -> None:
         """Queue a build: the numbers of a job, see store/layout.py."""
         self._queue.put(np.array(job, np.int64))
 
+    def warm_up(self) -> None:
+        """Build once from noise, and wait for it. Kernels are compiled and loaded when they are first used; loading
+        waits until the GPU has nothing else to do, which during a prefill takes seconds, and holds up the prefill."""
+        begin, done = time.monotonic(), threading.Event()
+        self._queue.put(done)
+        done.wait()
+        logger.info("retrieval: ready to build indexes on the GPU after %.1f s", time.monotonic() - begin)
+
     def run(self) -> None:
         torch.set_num_threads(1)
         chosen = False
-        while (job := self._queue.get()) is not None and not self._stopping.is_set():
+        while (item := self._queue.get()) is not None and not self._stopping.is_set():
+            job = None if isinstance(item, threading.Event) else item
             try:
-                if not chosen and self._device.type == "cuda":  # by now vLLM has taken its memory
-                    torch.cuda.set_device(self._device)
-                    self._choose_layers(torch.cuda.mem_get_info(self._device)[0])
-                chosen = True
-                self._try(job)
+                if not chosen and self.layers_at_once:
+                    self._choose_layers()
+                chosen = job is not None  # vLLM has taken all its memory by then
+                if not self._fitting(self._rehearse if job is None else partial(self._serve, job)):
+                    self._give_up(job, None)
             except np.linalg.LinAlgError:  # keys that are no numbers: the request ended, or its model has gone astray
-                if self._wanted(job):  # stays sealed and is scanned exactly
+                if job is not None and self._wanted(job):  # stays sealed and is scanned exactly
                     logger.exception("retrieval: building an index on the GPU failed")
-            except Exception:  # short memory has many names in CUDA; the CPU workers can build whatever it was
-                chosen, self.layers_at_once = True, 0
-                if not self._stopping.is_set():
-                    logger.exception(
-                        "retrieval: building an index on the GPU failed; the CPU workers build from now on"
-                    )
-                    self._told = True
-                    self.refused.put(job)
-            self.busy = -1
+            except Exception as error:  # short memory has many names in CUDA; the CPU workers can build whatever it was
+                self._give_up(job, error)
+            if isinstance(item, threading.Event):
+                item.set()
 
     def _wanted(self, job: Job) -> bool:
         """Whether the slab of a job still waits for it."""
         return int(self._views.generations[int(job[JOB_SLAB])]) == int(job[JOB_GENERATION])
 
-    def _choose_layers(self, free: int) -> None:
+    def _choose_layers(self) -> None:
+        if self._device.type != "cuda":
+            return
+        torch.cuda.set_device(self._device)
+        self.layers_at_once = self._layers_in(torch.cuda.mem_get_info(self._device)[0])
+        logger.debug("retrieval: indexes of %d layers at a time are built on the GPU", self.layers_at_once)
+
+    def _layers_in(self, free: int) -> int:
         lay = self._layout
         floats = max(ROWS * lay.dim, 5 * lay.dim + 3 * lay.group * lay.samples)
         layer_bytes = 4 * floats * lay.kv_heads * lay.segment_tokens
-        most = min(lay.layers, int(max(min(WORK_BYTES, free / 2), free * FREE_SHARE)) // layer_bytes)
-        self.layers_at_once = -(-lay.layers // -(-lay.layers // most)) if most else 0  # equal parts
-        logger.debug("retrieval: indexes of %d layers at a time are built on the GPU", self.layers_at_once)
+        most = min(lay.layers, int(free * FREE_SHARE) // layer_bytes)
+        return -(-lay.layers // -(-lay.layers // most)) if most else 0  # equal parts
 
-    def _try(self, job: Job) -> None:
-        """Build; where GPU memory is short less at once, in the end not here. Segments are built in their order: the
-        first of a request makes the transforms of all."""
+    def _fitting(self, build: Callable[[], None]) -> bool:
+        """Build; where GPU memory is short fewer layers at once. False: not even one at a time."""
         while self.layers_at_once:
             try:
                 with torch.inference_mode(), torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                    self._serve(job)
-                return
+                    build()
+                return True
             except torch.OutOfMemoryError:
                 self.layers_at_once //= 2
             torch.cuda.empty_cache()  # not above: there the error still holds on to what the build had
-        if not self._told:
+        return False
+
+    def _give_up(self, job: Job | None, error: BaseException | None) -> None:
+        """Leave this and all later builds to the CPU workers; in their order: the first of a request makes the
+        transforms of all."""
+        self.layers_at_once = 0
+        if self._stopping.is_set():
+            return
+        if error is not None:
+            logger.error(
+                "retrieval: building an index on the GPU failed; the CPU workers build from now on", exc_info=error
+            )
+        elif not self._told:
             logger.warning(
                 "retrieval: too little GPU memory is free to build indexes there; the CPU workers build them (lower "
                 "--gpu-memory-utilization, or set build_on to 'cpu')"
             )
         self._told = True
-        self.refused.put(job)
+        if job is not None:
+            self.refused.put(job)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -164,33 +156,54 @@ class DeviceBuilder(threading.Thread):
         if not self.is_alive():
             self._copier.close()
 
+    def _rehearse(self) -> None:
+        lay = self._layout
+        shape = (self.layers_at_once * lay.kv_heads, 2, lay.segment_tokens, lay.dim)
+        self._copier.prepare(self._work.rehearse(torch.randn(shape, dtype=self._pages.dtype, device=self._device)))
+        if self._stream:
+            self._stream.synchronize()
+            torch.cuda.empty_cache()
+
     def _serve(self, job: Job) -> None:
         views, lay = self._views, self._layout
         slab, generation = int(job[JOB_SLAB]), int(job[JOB_GENERATION])
-        self.busy = slab  # before the look at the generation: see store/indexing.py
+        self._busy.add(slab)  # before the look at the generation: see store/indexing.py
         full_fence()
-        count = lay.segment_tokens // lay.page_tokens
-        table = views.tables[int(job[JOB_TABLE]), int(job[JOB_SEGMENT]) * count :][:count].copy()
-        if len(table) < count or table.min() < 0 or table.max() >= lay.pages:
-            return  # the request ended
-        at_once = self.layers_at_once
+        complete = False
         try:
+            count = lay.segment_tokens // lay.page_tokens
+            table = views.tables[int(job[JOB_TABLE]), int(job[JOB_SEGMENT]) * count :][:count].copy()
+            if len(table) < count or table.min() < 0 or table.max() >= lay.pages:
+                return  # the request ended
+            at_once = self.layers_at_once
             for first in range(0, lay.layers, at_once):
                 layers = range(first, min(lay.layers, first + at_once))
                 if int(views.generations[slab]) != generation or self._stopping.is_set():
                     return
                 self._work.build_layers(layers, self._fetch(table, layers), job, self._copier)
+            complete = True
         finally:
-            self._copier.finish()
-        if int(views.generations[slab]) == generation:
+            if complete:
+                self._copier.then(partial(self._landed, job))
+            else:
+                self._copier.drain()
+                self._busy.discard(slab)
+
+    def _landed(self, job: Job, error: BaseException | None) -> None:
+        """The slabs of a build are home, or failed to come. Called by the thread that copies."""
+        slab = int(job[JOB_SLAB])
+        if error is not None:
+            self._give_up(job, error)
+        elif self._wanted(job):
             full_fence()
-            views.built[slab] = generation
+            self._views.built[slab] = int(job[JOB_GENERATION])
+        self._busy.discard(slab)
 
     def _fetch(self, table: Job, layers: range) -> torch.Tensor:
-        """(layers * kv_heads, 2, segment_tokens, d) float32 rows on the device, one copy a page."""
+        """(layers * kv_heads, 2, segment_tokens, d) rows on the device, one copy a page."""
         lay = self._layout
         shape = (len(table), len(layers), lay.kv_heads, 2, lay.page_tokens, lay.dim)
         stage = torch.empty(shape, dtype=self._pages.dtype, device=self._device)
         for place, page in enumerate(table):
             stage[place].copy_(self._pages[int(page), layers.start : layers.stop], non_blocking=True)
-        return stage.permute(1, 2, 3, 0, 4, 5).reshape(len(layers) * lay.kv_heads, 2, -1, lay.dim).float()
+        return stage.permute(1, 2, 3, 0, 4, 5).reshape(len(layers) * lay.kv_heads, 2, -1, lay.dim)

@@ -62,28 +62,34 @@ def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> t
     Returns:
         (H, n) int64 labels and (H, count, d) centroids; a centroid may be left without points.
     """
-    heads, n, dim = points.shape
+    n = points.shape[1]
     centroids = points[:, n // count // 2 :: n // count][:, :count].contiguous()
-    ones = torch.ones(heads, n, device=points.device)
     for _ in range(iterations):
-        labels = _nearest(points, centroids)
-        sums = torch.zeros_like(centroids).scatter_add_(1, labels[..., None].expand(-1, -1, dim), points)
-        sizes = torch.zeros(heads, count, device=points.device).scatter_add_(1, labels, ones)
+        _, sums, sizes = _assign(points, centroids, True)
         centroids = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp_min(1), centroids)
-    return _nearest(points, centroids), centroids
+    return _assign(points, centroids, False)[0], centroids
 
 
-def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    half = centroids.square().sum(-1)[:, None] / -2
+def _assign(
+    points: torch.Tensor, centroids: torch.Tensor, sum_up: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`vllm_retrieval_attn.index.device_kernels.assign`, which this is on a GPU."""
     if points.device.type != "cpu":
-        parts = [torch.baddbmm(half, rows, centroids.mT).argmax(-1) for rows in points.split(4096, 1)]
-        return torch.cat(parts, 1)
+        from vllm_retrieval_attn.index.device_kernels import assign
+
+        return assign(points, centroids, sum_up)
+    half = centroids.square().sum(-1)[:, None] / -2
     # Scores of a few hundred points at a time stay in the processor's cache.
     found = [
         torch.cat([torch.addmm(h, part, c.T).max(1)[1] for part in rows.split(512)])
         for h, rows, c in zip(half, points, centroids, strict=True)
     ]
-    return torch.stack(found)
+    labels = torch.stack(found)
+    sums, sizes = torch.zeros_like(centroids), torch.zeros_like(half[:, 0])
+    if sum_up:
+        sums.scatter_add_(1, labels[..., None].expand_as(points), points)
+        sizes.scatter_add_(1, labels, torch.ones_like(points[..., 0]))
+    return labels, sums, sizes
 
 
 def order_points(points: torch.Tensor, size: int) -> torch.Tensor:
@@ -120,7 +126,7 @@ def order_points(points: torch.Tensor, size: int) -> torch.Tensor:
 
 def _code(points: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
     """Uniform codes 0 .. levels-1 around zero; ``step`` broadcasts over ``points``."""
-    return (points / step + (levels - 1) / 2).round_().clamp_(0, levels - 1)
+    return (points / step).add_((levels - 1) / 2).round_().clamp_(0, levels - 1)
 
 
 def pack_blocks(codes: torch.Tensor) -> torch.Tensor:
@@ -168,9 +174,8 @@ def build_segment(
     """
     heads, _, dim = keys.shape
     device = keys.device
-    exact = keys.float()
-    mean = exact.mean(1)
-    points = (exact - mean[:, None]) @ spaces.to_keys.mT
+    mean = keys.float().mean(1)
+    points = (keys.float() - mean[:, None]) @ spaces.to_keys.mT
     labels, centroids = cluster(points, shape.leaves)
     # Leaves that lie close together become neighbours, so that a node is 16 of them in a row.
     place = order_points(centroids, LEAVES)
@@ -196,14 +201,15 @@ def build_segment(
     leaves = means(points, 1) - coarse
     leaf_step = leaves.square().mean(-1).sqrt().clamp_min(_TINY) * STEP4
     leaf_codes = _code(leaves, leaf_step[..., None], 16)
-    node_spread = (points - coarse.gather(1, wide)).square().mean(-1, keepdim=True)
+    node_spread = (points - coarse.gather(1, wide)).square_().mean(-1, keepdim=True)
     coarse = coarse + (leaf_codes - 7.5) * leaf_step[..., None]
 
-    rest = points - coarse.gather(1, wide)
+    rest = points.sub_(coarse.gather(1, wide))  # points are not needed any more
     key_step = means(rest.square().mean(-1, keepdim=True), 1)[..., 0].sqrt().clamp_min(_TINY) * STEP4
-    key_codes = _code(rest, key_step.gather(1, labels)[..., None], 16)
+    key_codes = pack_rows(_code(rest, key_step.gather(1, labels)[..., None], 16))
+    del points, rest
 
-    value = means(values.float().gather(1, order[..., None].expand(-1, -1, dim)), GROUP)
+    value = means(values.gather(1, order[..., None].expand(-1, -1, dim)).float(), GROUP)
     value_step = value.abs().amax(-1).clamp_min(_TINY) / 127
 
     padded = torch.zeros(heads, shape.node_blocks * 16, dim, device=device)
@@ -221,7 +227,7 @@ def build_segment(
         "ends": sizes.cumsum(1).to(torch.int32).to(torch.uint16),
         "node_codes": torch.stack((pack_blocks((padded / 16).floor()), pack_blocks(padded % 16)), 1),
         "leaf_codes": pack_blocks(leaf_codes),
-        "key_codes": pack_rows(key_codes),
+        "key_codes": key_codes,
         "order": order.to(torch.int32).to(torch.uint16),
         "value_step": value_step,
         "values": (value / value_step[..., None]).round().to(torch.int8),

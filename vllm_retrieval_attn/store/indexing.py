@@ -138,7 +138,7 @@ class IndexQueue:
         self._reclaim()
         busy = {int(views.words[views.actor_word(a, ACTOR_SLAB)]) for a in range(self._layout.actors)}
         if self.device_builder is not None:
-            busy.add(self.device_builder.busy)
+            busy |= self.device_builder.busy
         for place in range(len(self._free) - 1, -1, -1):
             if self._free[place] not in busy:
                 return self._free.pop(place)

@@ -56,7 +56,7 @@ class SlabWork:
         """Write the slabs of some layers.
 
         Args:
-            rows: (len(layers) * heads, 2, tokens, d) float32 keys and values, on the device to build on.
+            rows: (len(layers) * heads, 2, tokens, d) keys and values, any float type, on the device to build on.
             write: takes the slabs from that device instead of :meth:`write`.
         """
         lay, device = self._layout, rows.device
@@ -71,17 +71,37 @@ class SlabWork:
                 memory[turn : turn + size] = matrix.reshape(-1)
         else:
             spaces = self._spaces(turns, device)
-        slabs = torch.zeros(len(rows), lay.slab_bytes, dtype=torch.uint8, device=device)
+        slabs = self._slabs(rows, spaces, turns, queries, lse)
+        (write or self.write)(self._slab_starts(layers, slab), slabs)
+
+    def rehearse(self, rows: torch.Tensor) -> torch.Tensor:
+        """Slabs of some rows, as in :meth:`build_layers`, which belong to nothing."""
+        lay = self._layout
+        heads, most = len(rows), lay.group * lay.samples
+        queries = torch.randn(heads, most, lay.dim, device=rows.device)
+        spaces = make_spaces(rows[:, 0], queries.mT @ queries)
+        Spaces.of(spaces.to_queries)
+        return self._slabs(rows, spaces, torch.zeros(heads), queries, torch.zeros(heads, most, device=rows.device))
+
+    def _slabs(
+        self, rows: torch.Tensor, spaces: Spaces, turns: torch.Tensor, queries: torch.Tensor, lse: torch.Tensor
+    ) -> torch.Tensor:
+        slabs = torch.zeros(len(rows), self._layout.slab_bytes, dtype=torch.uint8, device=rows.device)
         build_segment(self._shape, rows[:, 0], rows[:, 1], spaces, turns, slabs, self._share or 1.0)
         if not self._share:
-            shares = calibrated_share(self._shape, slabs, rows[:, 0], spaces, queries * self._scale, lse)
+            keys = rows[:, 0].float()
+            shares = calibrated_share(self._shape, slabs, keys, spaces, queries * self._scale, lse)
             slabs[:, HEAD_SHARE * 8 : HEAD_SHARE * 8 + 8] = shares.double()[:, None].view(torch.uint8)
-        (write or self.write)(self._slab_starts(layers, slab), slabs)
+        return slabs
 
     def write(self, starts: list[int], slabs: torch.Tensor) -> None:
         """Put slabs (n, slab_bytes), in host memory, where they belong."""
+        size = self._layout.slab_bytes
+        if starts == list(range(starts[0], starts[0] + len(slabs) * size, size)):  # all heads of some layers
+            self._index[starts[0] : starts[0] + slabs.numel()] = slabs.view(-1)
+            return
         for begin, own in zip(starts, slabs, strict=True):
-            self._index[begin : begin + self._layout.slab_bytes] = own
+            self._index[begin : begin + size] = own
 
     def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
