@@ -6,7 +6,7 @@ import torch
 from tests.unit.indexed_ring import layout
 from tests.unit.test_device_builder import DeviceRing
 from vllm_retrieval_attn.attention import cuda_builder
-from vllm_retrieval_attn.index.build import build_segment, make_spaces
+from vllm_retrieval_attn.index.build import Spaces, build_segment, make_spaces, query_matrices
 from vllm_retrieval_attn.index.calibrate import calibrated_share
 from vllm_retrieval_attn.index.device_kernels import assign
 from vllm_retrieval_attn.index.segment import SegmentShape
@@ -73,3 +73,28 @@ def test_assignment_on_the_gpu_finds_the_nearest_centroids(dim):
         sums, torch.zeros_like(sums).scatter_add_(1, labels[..., None].expand_as(points), points)
     )
     torch.testing.assert_close(assign(points.cuda(), centroids.cuda(), False)[0].cpu(), labels)
+
+
+def test_what_runs_in_a_gap_waits_for_no_kernel():
+    heads, shape = 4, SegmentShape(8192, 128)
+    rows = torch.randn(heads, 2, 8192, 128, device="cuda", dtype=torch.bfloat16)
+    matrices = query_matrices(rows[:, 0], torch.eye(128, device="cuda").expand(heads, 128, 128))
+    queries, lse = torch.randn(heads, 64, 128, device="cuda"), torch.full((heads, 64), 9.0, device="cuda")
+    turns = torch.zeros(heads, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        spaces = Spaces.of(matrices)
+        slabs = torch.zeros(heads, shape.bytes, dtype=torch.uint8, device="cuda")
+        build_segment(shape, rows[:, 0], rows[:, 1], spaces, turns, slabs)
+        calibrated_share(shape, slabs, rows[:, 0].float(), spaces, queries, lse)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_that_test_can_fail():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(2, device="cuda").cpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -49,8 +49,12 @@ class Spaces:
 
 def make_spaces(keys: torch.Tensor, moment: torch.Tensor) -> Spaces:
     """Transforms from a first segment's keys (H, n, d) and its queries' second moment (H, d, d)."""
-    # Readers hold it in bfloat16; keys follow what they will use.
-    return Spaces.of(query_transform(keys, moment).bfloat16().float())
+    return Spaces.of(query_matrices(keys, moment))
+
+
+def query_matrices(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """(H, d, d) float32 transforms of queries alone, rounded to the bfloat16 in which searches read them."""
+    return query_transform(keys, moment).bfloat16().float()
 
 
 def cluster(points: torch.Tensor, count: int, iterations: int = ITERATIONS) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,12 @@
 """Writing the slabs of index `attention` for the KV heads of an actor: a build, and a look at its calibration."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.index.build import Spaces, build_segment, make_spaces
+from vllm_retrieval_attn.index.build import Spaces, build_segment, query_matrices
 from vllm_retrieval_attn.index.calibrate import calibrated_share
 from vllm_retrieval_attn.index.kernels import BFLOAT16, FLOAT16
 from vllm_retrieval_attn.index.segment import HEAD_SHARE, SegmentShape
@@ -52,26 +53,33 @@ class SlabWork:
     def build(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         self.build_layers(range(layer, layer + 1), segment_rows(self._pages, pages, layer, self._heads), job)
 
-    def build_layers(self, layers: range, rows: torch.Tensor, job: Job, write: Write | None = None) -> None:
+    def build_layers(
+        self,
+        layers: range,
+        rows: torch.Tensor,
+        job: Job,
+        write: Write | None = None,
+        gap: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Write the slabs of some layers.
 
         Args:
             rows: (len(layers) * heads, 2, tokens, d) keys and values, any float type, on the device to build on.
             write: takes the slabs from that device instead of :meth:`write`.
+            gap: in it is computed whatever does not wait for the device: almost all.
         """
-        lay, device = self._layout, rows.device
+        device = rows.device
         table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
         moment, queries, lse = (part.to(device) for part in self._statistics(layers, table))
         turns = self._turns(layers, table)
-        size = lay.dim * lay.dim
         if job[JOB_SEGMENT] == 0:
-            spaces = make_spaces(rows[:, 0], moment)
-            memory = self._index[: lay.slabs_offset - lay.turns_offset].view(torch.bfloat16)
-            for turn, matrix in zip(turns.tolist(), spaces.to_queries.bfloat16().cpu(), strict=True):
-                memory[turn : turn + size] = matrix.reshape(-1)
+            to_queries = query_matrices(rows[:, 0], moment)
+            self._keep_matrices(turns, to_queries)
         else:
-            spaces = self._spaces(turns, device)
-        slabs = self._slabs(rows, spaces, turns, queries, lse)
+            to_queries = self._matrices(turns).to(device).float()
+        turns = turns.to(device)
+        with gap():
+            slabs = self._slabs(rows, to_queries, turns, queries, lse)
         (write or self.write)(self._slab_starts(layers, slab), slabs)
 
     def rehearse(self, rows: torch.Tensor) -> torch.Tensor:
@@ -79,13 +87,18 @@ class SlabWork:
         lay = self._layout
         heads, most = len(rows), lay.group * lay.samples
         queries = torch.randn(heads, most, lay.dim, device=rows.device)
-        spaces = make_spaces(rows[:, 0], queries.mT @ queries)
-        Spaces.of(spaces.to_queries)
-        return self._slabs(rows, spaces, torch.zeros(heads), queries, torch.zeros(heads, most, device=rows.device))
+        lse, turns = torch.zeros(heads, most, device=rows.device), torch.zeros(heads, device=rows.device)
+        return self._slabs(rows, query_matrices(rows[:, 0], queries.mT @ queries), turns, queries, lse)
 
     def _slabs(
-        self, rows: torch.Tensor, spaces: Spaces, turns: torch.Tensor, queries: torch.Tensor, lse: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        to_queries: torch.Tensor,
+        turns: torch.Tensor,
+        queries: torch.Tensor,
+        lse: torch.Tensor,
     ) -> torch.Tensor:
+        spaces = Spaces.of(to_queries)
         slabs = torch.zeros(len(rows), self._layout.slab_bytes, dtype=torch.uint8, device=rows.device)
         build_segment(self._shape, rows[:, 0], rows[:, 1], spaces, turns, slabs, self._share or 1.0)
         if not self._share:
@@ -115,7 +128,7 @@ class SlabWork:
         starts = self._slab_starts(layers, slab)
         slabs = torch.stack([self._index[begin : begin + size] for begin in starts])
         keys = segment_rows(self._pages, pages, layer, self._heads)[:, 0]
-        spaces = self._spaces(self._turns(layers, table))
+        spaces = Spaces.of(self._matrices(self._turns(layers, table)).float())
         shares = calibrated_share(self._shape, slabs, keys, spaces, queries * self._scale, lse)
         for begin, share, moved in zip(starts, shares, drifted, strict=True):
             if moved:  # eight aligned bytes: a search sees the old share or the new one
@@ -141,12 +154,18 @@ class SlabWork:
         numbers = [(table * lay.layers + layer) * lay.kv_heads + head for layer in layers for head in self._heads]
         return torch.tensor(numbers) * (lay.dim * lay.dim)
 
-    def _spaces(self, turns: torch.Tensor, device: torch.device | str = "cpu") -> Spaces:
-        lay = self._layout
-        memory = self._index[: lay.slabs_offset - lay.turns_offset].view(torch.bfloat16)
-        size = lay.dim * lay.dim
-        found = torch.stack([memory[t : t + size].view(lay.dim, lay.dim) for t in turns.tolist()])
-        return Spaces.of(found.to(device).float())
+    def _matrices(self, turns: torch.Tensor) -> torch.Tensor:
+        """(H, d, d) bfloat16 transforms of queries."""
+        memory, dim = self._turn_memory(), self._layout.dim
+        return torch.stack([memory[t : t + dim * dim].view(dim, dim) for t in turns.tolist()])
+
+    def _keep_matrices(self, turns: torch.Tensor, to_queries: torch.Tensor) -> None:
+        memory = self._turn_memory()
+        for turn, matrix in zip(turns.tolist(), to_queries.bfloat16().cpu(), strict=True):
+            memory[turn : turn + matrix.numel()] = matrix.reshape(-1)
+
+    def _turn_memory(self) -> torch.Tensor:
+        return self._index[: self._layout.slabs_offset - self._layout.turns_offset].view(torch.bfloat16)
 
     def _slab_starts(self, layers: range, slab: int) -> list[int]:
         lay = self._layout
