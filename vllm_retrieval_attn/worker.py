@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.attention.build_gaps import BuildGaps
 from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
 from vllm_retrieval_attn.attention.fidelity import DecodeSampler
 from vllm_retrieval_attn.attention.plan import StepPlan, make_plan
@@ -69,8 +68,7 @@ class RetrievalWorker:
 
     Attributes:
         hosted: False with index ``none``, which has none of the following.
-        arena, client, pool: the host side. cuda: its GPU half, None on CPU. gaps: where the GPU builds indexes, None
-            where it does not.
+        arena, client, pool: the host side. cuda: its GPU half, None on CPU.
         indexed: whether sealed segments get an index; statistics: of their requests' queries; sampler: of what is
             found for them.
         timings: where decode time goes.
@@ -92,7 +90,6 @@ class RetrievalWorker:
         self.hosted = config.index != "none"
         self.indexed = config.index_slabs > 0
         self._sealing: list[tuple[RequestStore, Segment]] = []
-        self.gaps: BuildGaps | None = None
         if self.hosted:
             self._start_host(vllm_config)
         _current = self
@@ -147,10 +144,9 @@ class RetrievalWorker:
             for slot in range(layout.max_rows):
                 self.statistics.forget(slot)
             if self.cuda is not None and config.index == "attention" and config.build_on == "gpu":
-                builder = self.arena.index.device_builder = DeviceBuilder(
+                self.arena.index.device_builder = DeviceBuilder(
                     layout, self.arena.views, self.arena.pages, device, layer.impl.scale, config.budget or 0.0
                 )
-                self.gaps = builder.gaps
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity, self._refresh)
             self.arena.before_release = self._forget
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))

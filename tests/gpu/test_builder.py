@@ -75,7 +75,7 @@ def test_assignment_on_the_gpu_finds_the_nearest_centroids(dim):
     torch.testing.assert_close(assign(points.cuda(), centroids.cuda(), False)[0].cpu(), labels)
 
 
-def test_what_runs_in_a_gap_waits_for_no_kernel():
+def test_a_build_launches_its_kernels_without_waiting_for_one():
     heads, shape = 4, SegmentShape(8192, 128)
     rows = torch.randn(heads, 2, 8192, 128, device="cuda", dtype=torch.bfloat16)
     matrices = query_matrices(rows[:, 0], torch.eye(128, device="cuda").expand(heads, 128, 128))
@@ -91,7 +91,7 @@ def test_what_runs_in_a_gap_waits_for_no_kernel():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_that_test_can_fail():
+def test_the_test_above_sees_a_wait():
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):

@@ -116,8 +116,6 @@ class CudaLayer:
         the next CUDA-graph piece may reuse, the cache is fenced at the end of the step.
         """
         begin = perf_counter_ns()
-        if worker is not None and worker.gaps is not None:
-            worker.gaps.before_layer(query.shape[0])
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self._head_size, dim=-1)
         key_cache, value_cache = map(canonicalize_singleton_dim_strides, (key_cache, value_cache))
         if self._one is None:

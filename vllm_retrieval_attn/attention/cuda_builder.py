@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.attention.build_gaps import BuildGaps
 from vllm_retrieval_attn.attention.slab_copier import SlabCopier
 from vllm_retrieval_attn.store.layout import JOB_GENERATION, JOB_SEGMENT, JOB_SLAB, JOB_TABLE, Layout
 from vllm_retrieval_attn.store.views import Views
@@ -45,7 +44,6 @@ class DeviceBuilder(threading.Thread):
     Attributes:
         refused: jobs for the CPU workers, once a build here has failed.
         layers_at_once: how many layers are built in one go; 0: none are built here.
-        gaps: where in a prefill the kernels of a build run.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class DeviceBuilder(threading.Thread):
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._queue: SimpleQueue[Job | threading.Event | None] = SimpleQueue()
         self.refused: SimpleQueue[Job] = SimpleQueue()
-        self.gaps = BuildGaps()
         self._busy: set[int] = set()
         self._told = False
         self._stopping = threading.Event()
@@ -183,7 +180,7 @@ class DeviceBuilder(threading.Thread):
                 layers = range(first, min(lay.layers, first + at_once))
                 if int(views.generations[slab]) != generation or self._stopping.is_set():
                     return
-                self._work.build_layers(layers, self._fetch(table, layers), job, self._copier, self.gaps.gap)
+                self._work.build_layers(layers, self._fetch(table, layers), job, self._copier)
             complete = True
         finally:
             if complete:

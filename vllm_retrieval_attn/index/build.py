@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.index.blas import one_blas_thread
 from vllm_retrieval_attn.index.dot import row_bytes, row_width
 from vllm_retrieval_attn.index.segment import (
     GROUP,
@@ -41,7 +42,8 @@ class Spaces:
     def of(cls, to_queries: torch.Tensor) -> "Spaces":
         """The pair that belongs to transforms of queries (H, d, d)."""
         if to_queries.device.type == "cpu":  # MKL's batched LU fails now and then ("Parameter 6 was incorrect")
-            inverse = torch.from_numpy(np.linalg.inv(to_queries.double().numpy()))
+            with one_blas_thread():
+                inverse = torch.from_numpy(np.linalg.inv(to_queries.double().numpy()))
         else:
             inverse, _ = torch.linalg.inv_ex(to_queries.double())  # does not wait for the GPU
         return cls(inverse.mT.float(), to_queries)

@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.index.blas import one_blas_thread
+
 RIDGE = 1e-3
 """Share of the mean variance added to every dimension, so that few queries do not make a direction free."""
 
@@ -43,9 +45,10 @@ def query_transform(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     spread, moment = (part.cpu().double() for part in (centred.mT @ centred / keys.shape[1], moment))
     # By NumPy, as in Spaces.of of index/build.py; of a GPU's keys, too: there each matrix is decomposed by many small
     # kernels, one matrix after the other, each of which waits for what else the GPU does.
-    root = torch.from_numpy(np.linalg.cholesky(_ridged(spread).numpy()))
+    with one_blas_thread():
+        root = torch.from_numpy(np.linalg.cholesky(_ridged(spread).numpy()))
+        found = np.linalg.eigh((root.mT @ _ridged(moment) @ root).numpy())
     # With Sk = L L^T and L^T Sq L = U w U^T, M is L^-T U w^1/2 U^T L^-1: M^1/2 is w^1/4 U^T L^-1 but for a rotation.
-    found = np.linalg.eigh((root.mT @ _ridged(moment) @ root).numpy())
     values, vectors = (torch.from_numpy(part) for part in found)
     values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)
     turned = rotation(keys.shape[-1]) * values.pow(-0.25)[..., None, :]

@@ -1,11 +1,11 @@
 """Writing the slabs of index `attention` for the KV heads of an actor: a build, and a look at its calibration."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.index.blas import one_blas_thread
 from vllm_retrieval_attn.index.build import Spaces, build_segment, query_matrices
 from vllm_retrieval_attn.index.calibrate import calibrated_share
 from vllm_retrieval_attn.index.kernels import BFLOAT16, FLOAT16
@@ -53,20 +53,12 @@ class SlabWork:
     def build(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         self.build_layers(range(layer, layer + 1), segment_rows(self._pages, pages, layer, self._heads), job)
 
-    def build_layers(
-        self,
-        layers: range,
-        rows: torch.Tensor,
-        job: Job,
-        write: Write | None = None,
-        gap: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    def build_layers(self, layers: range, rows: torch.Tensor, job: Job, write: Write | None = None) -> None:
         """Write the slabs of some layers.
 
         Args:
             rows: (len(layers) * heads, 2, tokens, d) keys and values, any float type, on the device to build on.
             write: takes the slabs from that device instead of :meth:`write`.
-            gap: in it is computed whatever does not wait for the device: almost all.
         """
         device = rows.device
         table, slab = int(job[JOB_TABLE]), int(job[JOB_SLAB])
@@ -77,9 +69,8 @@ class SlabWork:
             self._keep_matrices(turns, to_queries)
         else:
             to_queries = self._matrices(turns).to(device).float()
-        turns = turns.to(device)
-        with gap():
-            slabs = self._slabs(rows, to_queries, turns, queries, lse)
+        # From here on nothing waits for the device (tests/gpu): kernels are launched while earlier ones run.
+        slabs = self._slabs(rows, to_queries, turns.to(device), queries, lse)
         (write or self.write)(self._slab_starts(layers, slab), slabs)
 
     def rehearse(self, rows: torch.Tensor) -> torch.Tensor:
@@ -187,5 +178,6 @@ def drift(moment: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     level = np.trace(whole, axis1=1, axis2=2) / dim * 1e-3
     whole = whole + level[:, None, None] * np.eye(dim)
     rows = queries.double().numpy()
-    solved = np.linalg.solve(whole, rows.swapaxes(1, 2)).swapaxes(1, 2)  # torch's: see Spaces.of
+    with one_blas_thread():
+        solved = np.linalg.solve(whole, rows.swapaxes(1, 2)).swapaxes(1, 2)  # torch's: see Spaces.of
     return torch.from_numpy((rows * solved).sum(-1).mean(-1) / dim)
