@@ -44,7 +44,7 @@ class RetrievalConfig(BaseModel):
     """Whether to estimate the share of the keys that are not attended to exactly."""
     build_on: Literal["cpu", "gpu"] | None = None
     """Where index ``attention`` is built: by the CPU workers in the background, or on the GPU beside the model, which
-    takes a quarter of the memory that vLLM leaves free there (half, up to 1 GB). Default: on the GPU where there is
+    takes up to half of the memory that vLLM leaves free there. Default: on the GPU where there is
     one."""
     fidelity: float = Field(0.002, ge=0, le=1)
     """Share of decode steps that CPU workers compare with exact search afterwards, at low priority; 0: none."""
