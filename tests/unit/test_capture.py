@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from vllm_retrieval_attn.attention.merge import merge_partials
-from vllm_retrieval_attn.bench import capture, capture_file
+from vllm_retrieval_attn.bench import capture, capture_file, planting, recorder
 from vllm_retrieval_attn.bench.needles import planted_document
 
 VOCABULARY, HEADS, KV_HEADS, DIM = 512, 4, 2, 16
@@ -65,7 +65,7 @@ def tokens():
     prompt, *questions, continuation = (
         torch.randint(2, VOCABULARY, (size,), generator=draw).tolist() for size in sizes
     )
-    return capture.Tokens(prompt, questions, continuation)
+    return planting.Tokens(prompt, questions, continuation)
 
 
 def model_attention(model, layer, ids):
@@ -161,7 +161,7 @@ def test_attention_in_halves(dtype, window):
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), mask, scale=0.3, enable_gqa=True
     )
-    got = capture.attend(q, k, v, 0.3, window)
+    got = recorder.attend(q, k, v, 0.3, window)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
 
@@ -205,16 +205,16 @@ def test_load_refuses_what_is_no_capture(llama, tokens, tmp_path):
 
 
 def test_layers_that_can_not_be_captured(llama, gemma):
-    assert capture.choose_layers(llama.config, None) == [0, 1, 2]
-    assert capture.choose_layers(gemma.config, None) == [1]
-    assert capture.choose_layers(LlamaConfig(num_hidden_layers=30), None) == [3, 11, 18, 26]
-    assert capture.choose_layers(llama.config, [2], [(0, 1)]) == [0, 2]
+    assert recorder.choose_layers(llama.config, None) == [0, 1, 2]
+    assert recorder.choose_layers(gemma.config, None) == [1]
+    assert recorder.choose_layers(LlamaConfig(num_hidden_layers=30), None) == [3, 11, 18, 26]
+    assert recorder.choose_layers(llama.config, [2], [(0, 1)]) == [0, 2]
     with pytest.raises(ValueError, match=r"layer 2 is not a global attention layer; these are: \[1\]"):
-        capture.choose_layers(gemma.config, [1, 2])
+        recorder.choose_layers(gemma.config, [1, 2])
     with pytest.raises(ValueError, match="KV head 2 is not there"):
-        capture.choose_layers(llama.config, None, [(0, 2)])
+        recorder.choose_layers(llama.config, None, [(0, 2)])
     with pytest.raises(ValueError, match="softcap"):
-        capture._Recorder([], [None], np.zeros(0, np.int64), 0, 1)(
+        recorder.Recorder([], [None], np.zeros(0, np.int64), 0, 1)(
             torch.nn.Identity(), *[torch.zeros(1, 1, 1, 8)] * 3, softcap=50.0
         )
 
@@ -233,7 +233,7 @@ def test_values_beyond_float16_are_refused(llama, tokens):
 
 def test_facts_stand_in_the_indexed_part():
     words = " ".join(f"word{number}" for number in range(3000))
-    tokens, facts = capture.plant(Words(), words, 1000, sink=100, window=200, decode=20, count=4, seed=3)
+    tokens, facts = planting.plant(Words(), words, 1000, sink=100, window=200, decode=20, count=4, seed=3)
     assert (len(tokens.prompt), len(tokens.continuation), len(tokens.questions)) == (1000, 20, 4)
     assert tokens.prompt[0] == 1
     for key, number, position in facts:
@@ -243,17 +243,17 @@ def test_facts_stand_in_the_indexed_part():
     plain = Words().encode(words)
     assert tokens.prompt[-200:] == plain[800:1000]
     assert tokens.continuation == plain[1000:1020]
-    without, facts = capture.plant(Words(), words, 1000, sink=100, window=200, decode=20, count=0, seed=3)
+    without, facts = planting.plant(Words(), words, 1000, sink=100, window=200, decode=20, count=0, seed=3)
     assert (without.prompt + without.continuation, facts) == (plain[:1020], [])
 
 
 def test_too_little_text():
     with pytest.raises(ValueError, match="the text is too short: it has 50 tokens, 1019 are needed"):
-        capture.plant(Words(), "word " * 50, 1000, sink=100, window=200, decode=20, count=4, seed=0)
+        planting.plant(Words(), "word " * 50, 1000, sink=100, window=200, decode=20, count=4, seed=0)
     with pytest.raises(ValueError, match="400 tokens are too few for 4 questions; at least 557"):
-        capture.plant(Words(), "word " * 5000, 400, sink=100, window=200, decode=20, count=4, seed=0)
+        planting.plant(Words(), "word " * 5000, 400, sink=100, window=200, decode=20, count=4, seed=0)
     with pytest.raises(ValueError, match="30 tokens leave none to index"):
-        capture.capture_tokens(None, capture.Tokens([1] * 30, [], [1]), "tiny", layers=[0], **GIVEN)
+        capture.capture_tokens(None, planting.Tokens([1] * 30, [], [1]), "tiny", layers=[0], **GIVEN)
     with pytest.raises(ValueError, match="no decode query"):
         capture.capture("", None, None, tokens=1000, questions=0, decode=0)
 

@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_retrieval_attn.bench.capture import plant
 from vllm_retrieval_attn.bench.capture_file import Head, load
+from vllm_retrieval_attn.bench.planting import plant
 from vllm_retrieval_attn.index.attention import ClusteredIndex
 from vllm_retrieval_attn.index.segment import NODE
 
