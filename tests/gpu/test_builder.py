@@ -6,7 +6,7 @@ import torch
 from tests.unit.indexed_ring import layout
 from tests.unit.test_device_builder import DeviceRing
 from vllm_retrieval_attn.attention import cuda_builder
-from vllm_retrieval_attn.index.build import Spaces, build_segment, make_spaces, query_matrices
+from vllm_retrieval_attn.index.build import build_segment, make_spaces
 from vllm_retrieval_attn.index.calibrate import calibrated_share
 from vllm_retrieval_attn.index.device_kernels import assign
 from vllm_retrieval_attn.index.segment import SegmentShape
@@ -76,19 +76,23 @@ def test_assignment_on_the_gpu_finds_the_nearest_centroids(dim):
 
 
 def test_a_build_launches_its_kernels_without_waiting_for_one():
-    heads, shape = 4, SegmentShape(8192, 128)
-    rows = torch.randn(heads, 2, 8192, 128, device="cuda", dtype=torch.bfloat16)
-    matrices = query_matrices(rows[:, 0], torch.eye(128, device="cuda").expand(heads, 128, 128))
-    queries, lse = torch.randn(heads, 64, 128, device="cuda"), torch.full((heads, 64), 9.0, device="cuda")
-    turns = torch.zeros(heads, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
+    shape = layout(kv_heads=4, group=2, dim=128, dtype="bfloat16")
+    ring = DeviceRing(shape, "bfloat16", "cuda", layers_at_once=2)
     try:
-        spaces = Spaces.of(matrices)
-        slabs = torch.zeros(heads, shape.bytes, dtype=torch.uint8, device="cuda")
-        build_segment(shape, rows[:, 0], rows[:, 1], spaces, turns, slabs)
-        calibrated_share(shape, slabs, rows[:, 0].float(), spaces, queries, lse)
+        ring.device.warm_up()
+        rows = torch.randn(8, 2, shape.segment_tokens, 128, device="cuda", dtype=torch.bfloat16)
+        matrices = torch.eye(128, device="cuda").expand(8, 128, 128).contiguous()
+        most = shape.group * shape.samples
+        queries, lse = torch.randn(8, most, 128, device="cuda"), torch.full((8, most), 9.0, device="cuda")
+        turns = torch.zeros(8, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            slabs = ring.device._work._slabs(rows, matrices, turns, queries, lse)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert slabs.shape == (8, shape.slab_bytes)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        ring.close()
 
 
 def test_the_test_above_sees_a_wait():

@@ -10,6 +10,7 @@ import torch
 from tests.unit.indexed_ring import IndexedRing, layout
 from vllm_retrieval_attn.attention import cuda_builder
 from vllm_retrieval_attn.attention.cuda_builder import DeviceBuilder
+from vllm_retrieval_attn.attention.slab_copier import SlabCopier
 from vllm_retrieval_attn.store.layout import ACTOR_JOBS, WORD_JOBS
 
 
@@ -89,14 +90,49 @@ def test_the_slabs_are_those_of_the_cpu_workers(statistics, layers_at_once):
 def test_a_build_whose_request_ended_is_dropped():
     ring = DeviceRing(layout(kv_heads=1, dim=16))
     try:
-        ring.fill_statistics()
-        message, _ = ring.fill(0, [300], 1)
+        message = fillable(ring)
+        begun = []
+        build_layers = ring.device._work.build_layers
+        ring.device._work.build_layers = lambda *given: begun.append(given) or build_layers(*given)
         ring.device.post(5, int(message[0, 0]), 0, 3, 0)  # no slab has generation 5
-        wait_for(ring.device._queue.empty)
-        wait_for(lambda: not ring.device.busy)
+        pass_queue(ring.device)
+        assert begun == []
+        assert ring.device.busy == set()
         assert (ring.views.built == 0).all()
         assert ring.device.is_alive()
     finally:
+        ring.close()
+
+
+@pytest.mark.parametrize("last", [0, 1])  # of two layers
+def test_a_build_whose_request_ends_meanwhile_is_not_marked_and_its_slab_busy_until_nothing_is_written(last):
+    ring = DeviceRing(layout(kv_heads=1, dim=16))
+    go, slab = threading.Event(), 3
+    write, build_layers = ring.device._work.write, ring.device._work.build_layers
+
+    def late(starts, slabs):
+        assert go.wait(60)
+        write(starts, slabs)
+
+    def ending(layers, *given):
+        build_layers(layers, *given)
+        if last in layers:
+            ring.views.generations[slab] = 0
+
+    ring.device._copier._write, ring.device._work.build_layers = late, ending
+    try:
+        message = fillable(ring)
+        ring.views.generations[slab] = 5
+        ring.device.post(5, int(message[0, 0]), 0, slab, 0)
+        wait_for(lambda: ring.views.generations[slab] == 0)  # what is built by now is on its way
+        time.sleep(0.1)
+        assert ring.device.busy == {slab}
+        go.set()
+        pass_queue(ring.device)
+        wait_for(lambda: ring.device.busy == set())
+        assert (ring.views.built == 0).all()
+    finally:
+        go.set()
         ring.close()
 
 
@@ -167,6 +203,7 @@ def test_a_warm_up_that_fails_leaves_builds_to_the_cpu_workers(caplog):
         ring.device._work.rehearse = rehearse
         ring.device.warm_up()
         assert "CPU workers build from now on" in caplog.text
+        assert "ready" not in caplog.text
         for builder in ring.builders:
             builder.start()
         message, _ = ring.fill(1, [700, 300], 4)
@@ -179,7 +216,7 @@ def test_a_warm_up_that_fails_leaves_builds_to_the_cpu_workers(caplog):
 
 def test_a_slab_is_busy_until_its_copy_home_has_landed():
     ring = DeviceRing(layout(kv_heads=1, dim=16))
-    go, write = threading.Event(), ring.device._work.write
+    go, write, slab = threading.Event(), ring.device._work.write, 3
 
     def late(starts, slabs):
         assert go.wait(60)
@@ -187,14 +224,10 @@ def test_a_slab_is_busy_until_its_copy_home_has_landed():
 
     ring.device._copier._write = late
     try:
-        ring.fill_statistics()
-        message, _ = ring.fill(1, [300], 1)
-        ring.pages[:, 0] = 0.0
-        table, slab = int(message[0, 0]), 3
+        message = fillable(ring)
         ring.views.generations[slab] = 5
-        ring.device.post(5, table, 0, slab, 0)
-        wait_for(lambda: ring.device.busy == {slab})
-        wait_for(lambda: ring.device._copier._since == [] and ring.device._queue.empty())
+        ring.device.post(5, int(message[0, 0]), 0, slab, 0)
+        pass_queue(ring.device)
         assert ring.device.busy == {slab}
         assert not (ring.views.built[slab] == 5).any()
         go.set()
@@ -203,6 +236,34 @@ def test_a_slab_is_busy_until_its_copy_home_has_landed():
     finally:
         go.set()
         ring.close()
+
+
+def test_a_copier_reuses_a_buffer_only_when_it_is_home():
+    go, got = threading.Event(), {}
+
+    def write(starts, slabs):
+        assert go.wait(60)
+        got.update(zip(starts, slabs.clone(), strict=True))
+
+    copier = SlabCopier(write, torch.device("cpu"))
+    slabs = [torch.full((5, 8), number, dtype=torch.uint8) for number in range(3)]
+    third = threading.Thread(target=lambda: [copier([10 * i + j for j in range(5)], slabs[i]) for i in range(3)])
+    try:
+        third.start()
+        wait_for(lambda: len(copier._since) == 2)
+        time.sleep(0.1)
+        assert len(copier._since) == 2  # both buffers are taken
+        go.set()
+        third.join(60)
+        told = []
+        copier.then(told.append)
+        wait_for(lambda: told == [None])
+        assert {start: set(slab.tolist()) for start, slab in got.items()} == {
+            10 * i + j: {i} for i in range(3) for j in range(5)
+        }
+    finally:
+        go.set()
+        copier.close()
 
 
 def test_a_copy_home_that_fails_is_built_by_the_cpu_workers(caplog):
@@ -222,6 +283,21 @@ def test_a_copy_home_that_fails_is_built_by_the_cpu_workers(caplog):
         assert "CPU workers build from now on" in caplog.text
     finally:
         ring.close()
+
+
+def fillable(ring):
+    """A request of one segment whose rows are numbers in all layers."""
+    ring.fill_statistics()
+    message, _ = ring.fill(1, [300], 1)
+    ring.pages[:, 0] = 0.0
+    return message
+
+
+def pass_queue(builder):
+    """Wait until the builder has done all that was queued."""
+    passed = threading.Event()
+    builder._queue.put(passed.set)
+    assert passed.wait(60)
 
 
 def wait_for(condition):

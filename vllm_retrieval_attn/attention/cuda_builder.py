@@ -55,10 +55,10 @@ class DeviceBuilder(threading.Thread):
         self._layout, self._views, self._pages, self._device = layout, views, pages, device
         self._work = SlabWork(layout, views, list(range(layout.kv_heads)), scale, share)
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._queue: SimpleQueue[Job | threading.Event | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.refused: SimpleQueue[Job] = SimpleQueue()
         self._busy: set[int] = set()
-        self._told = False
+        self._told = self._chosen = False
         self._stopping = threading.Event()
         self._copier = SlabCopier(self._work.write, device)
         self.layers_at_once = layout.layers  # as far as memory goes: see run
@@ -71,34 +71,47 @@ class DeviceBuilder(threading.Thread):
 
     def post(self, *job: int) -> None:
         """Queue a build: the numbers of a job, see store/layout.py."""
-        self._queue.put(np.array(job, np.int64))
+        self._queue.put(partial(self._build, np.array(job, np.int64)))
 
     def warm_up(self) -> None:
         """Build once from noise, and wait for it. Kernels are compiled and loaded when they are first used; loading
         waits until the GPU has nothing else to do, which during a prefill takes seconds, and holds up the prefill."""
         begin, done = time.monotonic(), threading.Event()
-        self._queue.put(done)
-        done.wait()
-        logger.info("retrieval: ready to build indexes on the GPU after %.1f s", time.monotonic() - begin)
+        self._queue.put(partial(self._warm_up, done))
+        while not done.wait(1):
+            if not self.is_alive():
+                raise RuntimeError("retrieval: the thread that builds indexes on the GPU ended while it was prepared")
+        if self.layers_at_once:
+            logger.info("retrieval: ready to build indexes on the GPU after %.1f s", time.monotonic() - begin)
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        chosen = False
-        while (item := self._queue.get()) is not None and not self._stopping.is_set():
-            job = None if isinstance(item, threading.Event) else item
-            try:
-                if not chosen and self.layers_at_once:
-                    self._choose_layers()
-                chosen = job is not None  # vLLM has taken all its memory by then
-                if not self._fitting(self._rehearse if job is None else partial(self._serve, job)):
-                    self._give_up(job, None)
-            except np.linalg.LinAlgError:  # keys that are no numbers: the request ended, or its model has gone astray
-                if job is not None and self._wanted(job):  # stays sealed and is scanned exactly
-                    logger.exception("retrieval: building an index on the GPU failed")
-            except Exception as error:  # short memory has many names in CUDA; the CPU workers can build whatever it was
-                self._give_up(job, error)
-            if isinstance(item, threading.Event):
-                item.set()
+        torch.get_num_threads()  # from now on this thread's own, whatever others set
+        while (task := self._queue.get()) is not None and not self._stopping.is_set():
+            task()
+
+    def _warm_up(self, done: threading.Event) -> None:
+        try:
+            self._choose_layers()
+            if not self._fitting(self._rehearse):
+                self._give_up(None, None)
+        except Exception as error:  # whatever it is: the CPU workers can build
+            self._give_up(None, error)
+        finally:
+            done.set()
+
+    def _build(self, job: Job) -> None:
+        try:
+            if not self._chosen and self.layers_at_once:
+                self._choose_layers()
+            self._chosen = True  # vLLM has taken all its memory by the first job
+            if not self._fitting(partial(self._serve, job)):
+                self._give_up(job, None)
+        except np.linalg.LinAlgError:  # keys that are no numbers: the request ended, or its model has gone astray
+            if self._wanted(job):  # stays sealed and is scanned exactly
+                logger.exception("retrieval: building an index on the GPU failed")
+        except Exception as error:  # short memory has many names in CUDA; the CPU workers can build whatever it was
+            self._give_up(job, error)
 
     def _wanted(self, job: Job) -> bool:
         """Whether the slab of a job still waits for it."""
@@ -158,8 +171,9 @@ class DeviceBuilder(threading.Thread):
 
     def _rehearse(self) -> None:
         lay = self._layout
-        shape = (self.layers_at_once * lay.kv_heads, 2, lay.segment_tokens, lay.dim)
-        self._copier.prepare(self._work.rehearse(torch.randn(shape, dtype=self._pages.dtype, device=self._device)))
+        shape = self._stage_shape(lay.segment_tokens // lay.page_tokens, self.layers_at_once)
+        noise = torch.randn(shape, dtype=self._pages.dtype, device=self._device)
+        self._copier.prepare(self._work.rehearse(self._rows(noise)))
         if self._stream:
             self._stream.synchronize()
             torch.cuda.empty_cache()
@@ -193,7 +207,7 @@ class DeviceBuilder(threading.Thread):
         """The slabs of a build are home, or failed to come. Called by the thread that copies."""
         slab = int(job[JOB_SLAB])
         if error is not None:
-            self._give_up(job, error)
+            self._queue.put(partial(self._give_up, job, error))
         elif self._wanted(job):
             full_fence()
             self._views.built[slab] = int(job[JOB_GENERATION])
@@ -201,9 +215,15 @@ class DeviceBuilder(threading.Thread):
 
     def _fetch(self, table: Job, layers: range) -> torch.Tensor:
         """(layers * kv_heads, 2, segment_tokens, d) rows on the device, one copy a page."""
-        lay = self._layout
-        shape = (len(table), len(layers), lay.kv_heads, 2, lay.page_tokens, lay.dim)
-        stage = torch.empty(shape, dtype=self._pages.dtype, device=self._device)
+        stage = torch.empty(self._stage_shape(len(table), len(layers)), dtype=self._pages.dtype, device=self._device)
         for place, page in enumerate(table):
             stage[place].copy_(self._pages[int(page), layers.start : layers.stop], non_blocking=True)
-        return stage.permute(1, 2, 3, 0, 4, 5).reshape(len(layers) * lay.kv_heads, 2, -1, lay.dim)
+        return self._rows(stage)
+
+    def _stage_shape(self, pages: int, layers: int) -> tuple[int, ...]:
+        lay = self._layout
+        return pages, layers, lay.kv_heads, 2, lay.page_tokens, lay.dim
+
+    @staticmethod
+    def _rows(stage: torch.Tensor) -> torch.Tensor:
+        return stage.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(0, 1)

@@ -15,12 +15,13 @@ class SlabCopier:
     """Through two buffers, pinned for a GPU, by a thread of its own.
 
     Args:
-        write: puts slabs where they belong. device: where they come from.
+        write: puts slabs where they belong, called from several threads. device: where they come from.
     """
 
     def __init__(self, write: Write, device: torch.device) -> None:
         self._write, self._pinned = write, device.type == "cuda"
-        self._thread = ThreadPoolExecutor(1, "retrieval-slab-copier", lambda: torch.set_num_threads(_THREADS))
+        self._thread = ThreadPoolExecutor(1, "retrieval-slab-copier")
+        self._writers = ThreadPoolExecutor(_THREADS, "retrieval-slab-writer")
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._under_way: list[Future[None] | None] = [None, None]
         self._turn = 0
@@ -30,8 +31,14 @@ class SlabCopier:
         """Copy slabs (n, slab_bytes). Waits for the device, and for the copy before the last."""
         self._turn ^= 1
         home = self._buffer(self._turn, slabs).copy_(slabs)
-        copying = self._under_way[self._turn] = self._thread.submit(self._write, starts, home)
+        copying = self._under_way[self._turn] = self._thread.submit(self._write_parts, starts, home)
         self._since.append(copying)
+
+    def _write_parts(self, starts: list[int], home: torch.Tensor) -> None:
+        size = -(-len(starts) // _THREADS)
+        firsts = range(0, len(starts), size)
+        for _ in self._writers.map(lambda i: self._write(starts[i : i + size], home[i : i + size]), firsts):
+            pass
 
     def prepare(self, slabs: torch.Tensor) -> None:
         """Have buffers for such slabs: pinning memory takes a while."""
@@ -65,3 +72,4 @@ class SlabCopier:
     def close(self) -> None:
         """Wait for the copy under way; drop those that have not begun."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._writers.shutdown()

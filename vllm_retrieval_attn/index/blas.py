@@ -5,17 +5,14 @@ whose cores have other work that takes several times as long as one thread does;
 """
 
 from functools import cache
-from typing import Any
 
 import numpy  # noqa: F401 (loads the OpenBLAS that is to be found)
 from threadpoolctl import ThreadpoolController
 
 
 @cache
-def _openblas() -> Any:
-    return ThreadpoolController().select(internal_api="openblas")
-
-
-def one_blas_thread() -> Any:
-    """A context in which OpenBLAS takes one thread, in all threads of this process."""
-    return _openblas().limit(limits=1)
+def one_blas_thread() -> None:
+    """Set OpenBLAS, in this process and for good, to one thread; at the first call. A limit for a while would be
+    undone by one thread while another still computes."""
+    for library in ThreadpoolController().select(internal_api="openblas").lib_controllers:
+        library.set_num_threads(1)

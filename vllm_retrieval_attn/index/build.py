@@ -42,8 +42,8 @@ class Spaces:
     def of(cls, to_queries: torch.Tensor) -> "Spaces":
         """The pair that belongs to transforms of queries (H, d, d)."""
         if to_queries.device.type == "cpu":  # MKL's batched LU fails now and then ("Parameter 6 was incorrect")
-            with one_blas_thread():
-                inverse = torch.from_numpy(np.linalg.inv(to_queries.double().numpy()))
+            one_blas_thread()
+            inverse = torch.from_numpy(np.linalg.inv(to_queries.double().numpy()))
         else:
             inverse, _ = torch.linalg.inv_ex(to_queries.double())  # does not wait for the GPU
         return cls(inverse.mT.float(), to_queries)

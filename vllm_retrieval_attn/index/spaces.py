@@ -45,9 +45,9 @@ def query_transform(keys: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     spread, moment = (part.cpu().double() for part in (centred.mT @ centred / keys.shape[1], moment))
     # By NumPy, as in Spaces.of of index/build.py; of a GPU's keys, too: there each matrix is decomposed by many small
     # kernels, one matrix after the other, each of which waits for what else the GPU does.
-    with one_blas_thread():
-        root = torch.from_numpy(np.linalg.cholesky(_ridged(spread).numpy()))
-        found = np.linalg.eigh((root.mT @ _ridged(moment) @ root).numpy())
+    one_blas_thread()
+    root = torch.from_numpy(np.linalg.cholesky(_ridged(spread).numpy()))
+    found = np.linalg.eigh((root.mT @ _ridged(moment) @ root).numpy())
     # With Sk = L L^T and L^T Sq L = U w U^T, M is L^-T U w^1/2 U^T L^-1: M^1/2 is w^1/4 U^T L^-1 but for a rotation.
     values, vectors = (torch.from_numpy(part) for part in found)
     values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-7)

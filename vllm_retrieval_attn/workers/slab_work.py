@@ -100,12 +100,12 @@ class SlabWork:
 
     def write(self, starts: list[int], slabs: torch.Tensor) -> None:
         """Put slabs (n, slab_bytes), in host memory, where they belong."""
-        size = self._layout.slab_bytes
+        size, memory, given = self._layout.slab_bytes, self._views.index8.view(np.uint8), slabs.numpy()
         if starts == list(range(starts[0], starts[0] + len(slabs) * size, size)):  # all heads of some layers
-            self._index[starts[0] : starts[0] + slabs.numel()] = slabs.view(-1)
+            memory[starts[0] : starts[0] + given.size] = given.reshape(-1)
             return
-        for begin, own in zip(starts, slabs, strict=True):
-            self._index[begin : begin + size] = own
+        for begin, own in zip(starts, given, strict=True):
+            memory[begin : begin + size] = own
 
     def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
@@ -178,6 +178,6 @@ def drift(moment: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     level = np.trace(whole, axis1=1, axis2=2) / dim * 1e-3
     whole = whole + level[:, None, None] * np.eye(dim)
     rows = queries.double().numpy()
-    with one_blas_thread():
-        solved = np.linalg.solve(whole, rows.swapaxes(1, 2)).swapaxes(1, 2)  # torch's: see Spaces.of
+    one_blas_thread()
+    solved = np.linalg.solve(whole, rows.swapaxes(1, 2)).swapaxes(1, 2)  # torch's: see Spaces.of
     return torch.from_numpy((rows * solved).sum(-1).mean(-1) / dim)
