@@ -44,8 +44,7 @@ class RetrievalConfig(BaseModel):
     """Whether to estimate the share of the keys that are not attended to exactly."""
     build_on: Literal["cpu", "gpu"] | None = None
     """Where index ``attention`` is built: by the CPU workers in the background, or on the GPU beside the model, which
-    takes up to half of the memory that vLLM leaves free there. Default: on the GPU where there is
-    one."""
+    takes up to half of the memory that vLLM leaves free there. Default: on the GPU where there is one."""
     fidelity: float = Field(0.002, ge=0, le=1)
     """Share of decode steps that CPU workers compare with exact search afterwards, at low priority; 0: none."""
     segment_tokens: int = Field(8192, ge=64)

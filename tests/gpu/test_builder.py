@@ -56,7 +56,7 @@ def test_a_build_takes_no_more_memory_than_it_is_planned_with(dim, sampled):
     calibrated_share(shape, slabs, rows[:, 0].float(), spaces, queries, lse)
     used = torch.cuda.max_memory_allocated() - before
     print(f"d {dim}, {sampled} sampled queries: {used / (4 * heads * tokens * dim):.2f} arrays of the keys' size")
-    assert used <= 4 * heads * tokens * max(cuda_builder.ROWS * dim, 5 * dim + 3 * sampled)
+    assert used <= cuda_builder.build_bytes(heads, tokens, dim, sampled)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])

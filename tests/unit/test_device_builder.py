@@ -173,7 +173,7 @@ def test_as_many_layers_are_built_at_once_as_memory_allows_in_equal_parts(share,
     shape = type(shape)(**{**vars(shape), "layers": 7})
     builder = DeviceBuilder.__new__(DeviceBuilder)
     builder._layout = shape
-    layer_bytes = cuda_builder.ROWS * 4 * 2 * shape.segment_tokens * 128
+    layer_bytes = 6 * 4 * 2 * shape.segment_tokens * 128
     assert builder._layers_in(int(share * layer_bytes / cuda_builder.FREE_SHARE)) == layers
 
 

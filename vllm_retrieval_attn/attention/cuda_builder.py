@@ -29,9 +29,16 @@ FREE_SHARE = 0.5
 """Share of the GPU memory left free by vLLM that a build may take; what it took is lent back where vLLM runs short. The
 kernels of a build wait for those of a prefill, one after the other: the more layers they serve at once, the sooner it
 is done."""
-ROWS = 6
-"""Arrays of the size of the keys in float32 that a build holds at its widest; calibration holds 5, and three scores of
-each sampled query and key. tests/gpu compares."""
+
+
+def build_bytes(heads: int, tokens: int, dim: int, sampled: int) -> int:
+    """GPU memory of a build at its widest; tests/gpu compares.
+
+    Args:
+        heads: KV heads at once. tokens: of a segment. sampled: queries of a KV head to calibrate with.
+    """
+    # Arrays of the size of the keys in float32: six, or for calibration five and three scores of each query and key.
+    return 4 * heads * tokens * max(6 * dim, 5 * dim + 3 * sampled)
 
 
 class DeviceBuilder(threading.Thread):
@@ -61,7 +68,7 @@ class DeviceBuilder(threading.Thread):
         self._told = self._chosen = False
         self._stopping = threading.Event()
         self._copier = SlabCopier(self._work.write, device)
-        self.layers_at_once = layout.layers  # as far as memory goes: see run
+        self.layers_at_once = layout.layers  # as far as memory goes: see _choose_layers
         self.start()
 
     @property
@@ -86,7 +93,6 @@ class DeviceBuilder(threading.Thread):
 
     def run(self) -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # from now on this thread's own, whatever others set
         while (task := self._queue.get()) is not None and not self._stopping.is_set():
             task()
 
@@ -126,8 +132,7 @@ class DeviceBuilder(threading.Thread):
 
     def _layers_in(self, free: int) -> int:
         lay = self._layout
-        floats = max(ROWS * lay.dim, 5 * lay.dim + 3 * lay.group * lay.samples)
-        layer_bytes = 4 * floats * lay.kv_heads * lay.segment_tokens
+        layer_bytes = build_bytes(lay.kv_heads, lay.segment_tokens, lay.dim, lay.group * lay.samples)
         most = min(lay.layers, int(free * FREE_SHARE) // layer_bytes)
         return -(-lay.layers // -(-lay.layers // most)) if most else 0  # equal parts
 

@@ -30,9 +30,8 @@ def calibrated_share(
 
     Args:
         slabs: (H, shape.bytes) uint8, built. keys: (H, n, d) float32 of the segment.
-        queries: (H, m, d) float32 sampled queries of all heads of the group, scaled. lse: (H, m) log-sum-exp of their
-        whole
-            attention; -inf for places without a sample.
+        queries: (H, m, d) float32 sampled queries of all heads of the group, scaled.
+        lse: (H, m) log-sum-exp of their whole attention; -inf for places without a sample.
 
     Returns:
         (H,) float32, one of SHARES.

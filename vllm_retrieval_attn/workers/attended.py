@@ -12,7 +12,7 @@ from vllm_retrieval_attn.index.search import COUNT_EXACT, MAX_NODES, Scratch, of
 from vllm_retrieval_attn.index.segment import NODE, SegmentShape
 from vllm_retrieval_attn.store.layout import PROBE_VALID, ROW_INDEXED, ROW_TABLE, ROW_TOKENS, Layout
 from vllm_retrieval_attn.store.views import Views
-from vllm_retrieval_attn.workers.ring import NODE_WORK, attend_unit
+from vllm_retrieval_attn.workers.shares import NODE_WORK, attend_unit
 from vllm_retrieval_attn.workers.sync import full_fence
 
 

@@ -18,7 +18,8 @@ from vllm_retrieval_attn.store.layout import (
     Layout,
 )
 from vllm_retrieval_attn.store.views import Views
-from vllm_retrieval_attn.workers.ring import await_lanes, gather_partials, raise_seq
+from vllm_retrieval_attn.workers.shares import gather_partials
+from vllm_retrieval_attn.workers.signals import await_lanes, raise_seq
 
 _SLICE_NS = 100_000_000
 """How long to wait for an answer before looking whether the actors still live."""

@@ -35,7 +35,7 @@ from vllm_retrieval_attn.store.layout import (
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.builder import Job
 from vllm_retrieval_attn.workers.lane import SLEEP, SLICE_NS, Lane
-from vllm_retrieval_attn.workers.ring import await_message, finish_message
+from vllm_retrieval_attn.workers.signals import await_message, finish_message
 from vllm_retrieval_attn.workers.slab_work import segment_rows, torch_pages
 
 Floats = npt.NDArray[np.float32]

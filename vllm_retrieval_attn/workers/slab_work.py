@@ -100,12 +100,9 @@ class SlabWork:
 
     def write(self, starts: list[int], slabs: torch.Tensor) -> None:
         """Put slabs (n, slab_bytes), in host memory, where they belong."""
-        size, memory, given = self._layout.slab_bytes, self._views.index8.view(np.uint8), slabs.numpy()
-        if starts == list(range(starts[0], starts[0] + len(slabs) * size, size)):  # all heads of some layers
-            memory[starts[0] : starts[0] + given.size] = given.reshape(-1)
-            return
-        for begin, own in zip(starts, given, strict=True):
-            memory[begin : begin + size] = own
+        memory = self._views.index8.view(np.uint8)  # NumPy copies without the interpreter's lock
+        for begin, own in zip(starts, slabs.numpy(), strict=True):
+            memory[begin : begin + len(own)] = own
 
     def refresh(self, layer: int, pages: torch.Tensor, job: Job) -> None:
         """Calibrate again the KV heads whose sampled queries have drifted away from the prompt's."""
