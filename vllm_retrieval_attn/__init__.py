@@ -8,6 +8,6 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Entry point of group ``vllm.general_plugins``; vLLM calls it once in every process."""
-    from vllm_retrieval_attn.compat import install
+    from vllm_retrieval_attn.plugin.compat import install
 
     install()

@@ -28,7 +28,7 @@ def doctor(
 ) -> None:
     """Show what is on this machine, what a model needs at a context length, and what to set."""
     from vllm_retrieval_attn import doctor as find
-    from vllm_retrieval_attn.config import RetrievalConfig
+    from vllm_retrieval_attn.core.config import RetrievalConfig
 
     console = Console()
     found = Table(title="This machine", show_header=False)

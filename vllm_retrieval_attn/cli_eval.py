@@ -47,7 +47,7 @@ def _options(value: str) -> dict[str, Any]:
 
 
 def _text(file: Path | None) -> str:
-    from vllm_retrieval_attn.bench.needles import filler
+    from vllm_retrieval_attn.evaluation.needles import filler
 
     return filler() if file is None else file.read_text(errors="replace")
 
@@ -55,10 +55,10 @@ def _text(file: Path | None) -> str:
 def evaluate_modes(
     model: Annotated[str | None, typer.Option(help="Model folder or name; with --url the served name.")] = None,
     modes: Annotated[
-        str, typer.Option(help="full, none, flat, ivf, hnsw, roar, attention; full always runs, as the first.")
+        str, typer.Option(help="full, none, flat, attention; full always runs, as the first.")
     ] = "full,none,flat,attention",
     tasks: Annotated[
-        str, typer.Option(help="planted, multikey, multivalue, variables, frequent, prose; default: all.")
+        str, typer.Option(help="planted, multikey, crowd, multivalue, variables, frequent, prose; default: all.")
     ] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a request, prompt and answer, comma-separated.")] = "4096",
     count: Annotated[int, typer.Option(help="Documents a task and length.", min=1)] = 4,
@@ -77,9 +77,9 @@ def evaluate_modes(
     """Quality beside full attention: RULER-like questions, perplexity and KL, in engines or on a server."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: its warnings break the bar
     warnings.simplefilter("ignore", FutureWarning)
-    from vllm_retrieval_attn.bench import evaluate as runs
-    from vllm_retrieval_attn.bench import runners
-    from vllm_retrieval_attn.bench.tasks import PROSE, TASKS
+    from vllm_retrieval_attn.evaluation import evaluate as runs
+    from vllm_retrieval_attn.evaluation import runners
+    from vllm_retrieval_attn.evaluation.tasks import PROSE, TASKS
 
     asked_tasks, asked_modes = (
         _one_of(tasks or ",".join(TASKS), TASKS, "--tasks"),
@@ -108,7 +108,7 @@ def evaluate_modes(
 
 def _run(console: Console, starts: Any, settings: Any, out: Path | None) -> list[Any]:
     """Evaluate under a progress bar; ``out`` is written after each mode, so that a broken run leaves some."""
-    from vllm_retrieval_attn.bench import evaluate as runs
+    from vllm_retrieval_attn.evaluation import evaluate as runs
 
     rows: list[runs.Row] = []
     with counting_progress(console) as progress:

@@ -14,9 +14,10 @@ from rich.table import Table
 from vllm_retrieval_attn.cli_progress import counting_progress
 
 _LEGEND = """\
-recall: @100, of the keys attended to exactly; worst: mass of the worst head; error: of the merged output.
-keys, bytes: scored and read, of all keys and of their fp16 bytes. Bytes that the heads of a group share are divided
-among them; alone: they are not. us: a query head, one thread, cold cache. build: ms for 1,000 keys, one thread."""
+recall: @100, and mass: of the rows read; error: of the merged output; worst: of the worst tenth of the heads;
+bias: of the log-sum-exp. budget: rows asked for, or the share of keys to score. keys, bytes: scored and read,
+of all keys and of their fp16 bytes, those shared divided among the heads of a group. us: a query head, one
+thread, cold cache. build: ms for 1,000 keys, one thread."""
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +32,10 @@ def index_study(
     tokens: Annotated[int, typer.Option(help="Prompt tokens of a capture.", min=64)] = 8_000,
     layers: Annotated[str | None, typer.Option(help="Layers to capture, comma-separated; default: four.")] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of index.")] = "flat,ivf,hnsw,roar,attention",
-    budgets: Annotated[str, typer.Option(help="Shares of keys to scan.")] = "0.01,0.02,0.05,0.1,0.2,0.4",
+    budgets: Annotated[str, typer.Option(help="Shares of keys that kinds to compare with score.")] = "0.02,0.1,0.2,0.4",
+    rows: Annotated[str, typer.Option(help="Rows that `attention` reads.")] = "128,256,512,1024",
+    candidates: Annotated[int, typer.Option(help="Candidates of `attention` by Faiss.", min=64)] = 4096,
+    learned: Annotated[bool, typer.Option(help="The learned space, or the constant rotation.")] = True,
     queries: Annotated[str, typer.Option(help="decode, or keys (in distribution).")] = "decode",
     most: Annotated[int, typer.Option(help="Test queries of each head.", min=1)] = 32,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a row for each head here.")] = None,
@@ -48,6 +52,9 @@ def index_study(
         shares = [float(share) for share in budgets.split(",")]
         if queries not in ("decode", "keys") or not all(0 < share <= 1 for share in shares):
             raise ValueError("--queries is decode or keys; --budgets are shares above 0, at most 1")
+        if not all(limit.isdigit() and int(limit) for limit in rows.split(",")):
+            raise ValueError("--rows are whole numbers above 0")
+        limits = [int(limit) for limit in rows.split(",")]
         with counting_progress(console) as progress:
             if capture is not None:
                 task = progress.add_task("capturing", total=None)
@@ -63,27 +70,34 @@ def index_study(
                 )
             heads = [head for path in qkv for head in load(path)]
             task = progress.add_task("searching", total=len(heads))
-            rows = study(heads, kinds.split(","), shares, queries, most, advance=lambda name: progress.advance(task))
+            found = study(
+                heads, kinds.split(","), shares, limits, queries, most, candidates, learned,
+                advance=lambda name: progress.advance(task),
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     title = f"{len(heads)} KV heads, {queries} queries; means over heads"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    for name in ("kind", "budget", "recall", "p10", "mass", "worst", "error", "keys", "bytes", "alone"):
+    for name in ("kind", "budget", "recall", "p10", "mass", "error", "worst", "bias", "rows", "keys", "bytes"):
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
     for name in ("us", "build", "B/key"):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in summary(rows):
+    for line in summary(found):
+        budget = line["budget"]
         table.add_row(
-            line["kind"],
-            "-" if line["budget"] is None else f"{line['budget']:.0%}",
-            *(f"{line[name]:.3f}" for name in ("recall_mean", "recall_p10", "mass", "mass_worst", "output_error")),
-            *(f"{line[name]:.1%}" for name in ("keys_scanned_share", "bytes_touched_share", "bytes_alone_share")),
+            f"{line['kind']} {line['via']}".strip(),
+            "-" if budget is None else f"{budget:.0f}" if line["via"] else f"{budget:.0%}",
+            *(f"{line[name]:.3f}" for name in ("recall_mean", "recall_p10", "mass")),
+            *(f"{line[name]:.4f}" for name in ("output_error", "error_worst")),
+            f"{line['lse_bias']:+.4f}",
+            f"{line['rows_mean']:.0f}",
+            *(f"{line[name]:.1%}" for name in ("keys_scanned_share", "bytes_touched_share")),
             *(f"{line[name]:.1f}" for name in ("us_per_query", "build_ms_per_1k", "index_bytes_per_key")),
         )
     console.print(table)
     console.print(_LEGEND)
     png = png or qkv[0].with_suffix(".png")
-    plot(rows, png)
+    plot(found, png)
     console.print(f"plot: {png}")
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        json_file.write_text(json.dumps([asdict(row) for row in found], indent=1))

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from vllm_retrieval_attn.bench.models import smollm2
-from vllm_retrieval_attn.bench.needles import questions
+from vllm_retrieval_attn.evaluation.needles import questions
 
 DOCUMENTS = ((3_000, 2), (3_000, 4), (4_000, 5))
 """Prompt tokens and seed of each document. One fact each: a model of 135M parameters confuses several."""
@@ -64,7 +64,7 @@ def main() -> None:
         *(str(Path(sys.executable).parent / "vllm"), "serve", model, "--attention-backend", "retrieval"),
         *("--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
-        *("--additional-config", '{"retrieval": {"host_memory_gb": 2, "segment_tokens": 1024}}'),
+        *("--additional-config", '{"retrieval": {"host_memory_gb": 2, "resident_tokens": 1024}}'),
     ]
     console.print(f"[bold]$ {' '.join(command[1:])}[/bold]")
     log = Path(tempfile.gettempdir()) / f"retrieval-demo-{os.getpid()}.log"

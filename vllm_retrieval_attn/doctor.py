@@ -9,9 +9,14 @@ from typing import Any
 
 import psutil
 
-from vllm_retrieval_attn.config import GB, RetrievalConfig, available_memory, default_host_memory_gb, default_threads
-from vllm_retrieval_attn.index.segment import SegmentShape
-from vllm_retrieval_attn.ownership import resident_blocks_bound
+from vllm_retrieval_attn.core.config import (
+    GB,
+    RetrievalConfig,
+    available_memory,
+    default_host_memory_gb,
+    default_threads,
+)
+from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.store.shared_file import SHM_DIR
 
 
@@ -88,20 +93,18 @@ def needs(
 
     Returns:
         ``full_gb``: KV cache of full attention on each GPU; ``paged_gb``: our bound on each GPU;
-        ``host_gb``: host memory of the whole engine, with indexes.
+        ``host_gb``: host memory of the whole engine, with codes.
     """
     # Two batches may be in flight with async scheduling.
-    blocks = resident_blocks_bound(knobs.sink_tokens, knobs.window_tokens, 2 * chunk_tokens, block_size)
+    split = Split(knobs.sink_tokens, knobs.window_tokens, knobs.resident_tokens, block_size)
+    blocks = split.blocks_bound(2 * chunk_tokens)
     paged = min(blocks * block_size, context)
     host = max(0, context - knobs.sink_tokens)
-    index = 0
-    if knobs.index == "attention":
-        slab = SegmentShape(knobs.segment_tokens, shape.head_size).bytes
-        index = host // knobs.segment_tokens * slab * shape.layers * shape.kv_heads
+    codes = shape.layers * shape.kv_heads * shape.head_size // 2 if knobs.index == "attention" else 0
     return {
         "full_gb": requests * context * shape.bytes_per_token / GB,
         "paged_gb": requests * paged * shape.bytes_per_token / GB,
-        "host_gb": ranks * requests * (host * shape.bytes_per_token + index) / GB,
+        "host_gb": ranks * requests * host * (shape.bytes_per_token + codes) / GB,
     }
 
 

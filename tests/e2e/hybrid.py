@@ -42,7 +42,7 @@ def main(folder: Path, out: Path, backend: str) -> None:
         str(folder),
         # Freed blocks are not poisoned: the pool is shared, and vLLM's CPU kernel reads past the end of a row's
         # last block (weighted with zero, which NaN survives).
-        {"host_memory_gb": 0.1, "window_tokens": 64, "sink_tokens": 16, "index": "flat"}
+        {"host_memory_gb": 0.1, "window_tokens": 64, "sink_tokens": 16, "resident_tokens": 100, "index": "flat"}
         if backend == "retrieval"
         else None,
         backend,

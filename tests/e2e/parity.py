@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_retrieval_attn.bench.engine import InProcessEngine
 from vllm_retrieval_attn.bench.models import smollm2
-from vllm_retrieval_attn.bench.needles import filler
+from vllm_retrieval_attn.evaluation.needles import filler
 
 LENGTHS = [100, 700, 3000, 7500]
 
@@ -14,7 +14,7 @@ LENGTHS = [100, 700, 3000, 7500]
 def main(out: Path, backend: str, chunk: int) -> None:
     engine = InProcessEngine(
         str(smollm2()),
-        {"host_memory_gb": 3, "index": "flat"} if backend == "retrieval" else None,
+        {"host_memory_gb": 3, "index": "flat", "resident_tokens": 1024} if backend == "retrieval" else None,
         backend,
         dtype="float32",
         max_model_len=8192,

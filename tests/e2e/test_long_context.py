@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import SHARED
 from tests.engines import EngineRun
 from vllm_retrieval_attn.bench.models import smollm2_64k
-from vllm_retrieval_attn.ownership import resident_blocks_bound
+from vllm_retrieval_attn.core.ownership import Split
 
 OPTIONS = {
     "dtype": "bfloat16",
@@ -28,7 +28,7 @@ def engine_runs(folder):
         out = folder / f"long-{mode}.json"
         arguments = ("--model", str(model), "--mode", mode, "--length", str(length), "--count", str(count))
         arguments += ("--at-once", str(count), "--tokens", "10", "--options", json.dumps(OPTIONS), "--json", str(out))
-        runs[f"long {mode}"] = EngineRun(seconds, out, "vllm_retrieval_attn.bench.needles", arguments)
+        runs[f"long {mode}"] = EngineRun(seconds, out, "vllm_retrieval_attn.evaluation.needles", arguments)
     return runs
 
 
@@ -41,7 +41,7 @@ def _model():
 def test_the_default_finds_a_number_in_16k_tokens_within_the_bound(engine_run):
     found = engine_run("long attention")
     assert [row["right"] for row in found["rows"]] == [True]
-    assert found["max_blocks"] <= resident_blocks_bound(128, 512, 2048, 128)
+    assert found["max_blocks"] <= Split(128, 512, 4096, 128).blocks_bound(2048)
 
 
 def test_none_misses_what_the_host_holds(engine_run):

@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_retrieval_attn.bench.models import smollm2
-from vllm_retrieval_attn.bench.needles import questions
 from vllm_retrieval_attn.demo import free_port, is_up
+from vllm_retrieval_attn.evaluation.needles import questions
 
 SHM = Path("/dev/shm")
 
@@ -29,7 +29,7 @@ class Server:
         self.port = free_port()
         self.log = log
         vllm = str(Path(sys.executable).parent / "vllm")
-        knobs = '{"retrieval": {"host_memory_gb": 0.12, "segment_tokens": 1024}}'
+        knobs = '{"retrieval": {"host_memory_gb": 0.12, "resident_tokens": 1024}}'
         # The program must not see this test process's own setting.
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         self.process = subprocess.Popen(
@@ -76,6 +76,9 @@ def test_a_fact_far_back_is_retrieved_and_the_response_says_where_tokens_were(se
     assert held["paged_tokens"] + held["host_tokens"] >= len(question.prompt)
     assert held["host_tokens"] > 1500
     assert question.position < 128 + held["host_tokens"]
+    assert held["path"] == "faiss"
+    assert 500 < held["rows_read"] < 1024 + 32 + 512
+    assert held["cached_tokens"] == 0
 
 
 def test_arena_file_is_private(server):

@@ -9,8 +9,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merge_in_place_equals_reference(dim, dtype):
-    from vllm_retrieval_attn.attention.cuda_kernels import merge_in_place
-    from vllm_retrieval_attn.attention.merge import merge_partials
+    from vllm_retrieval_attn.device.cuda_kernels import merge_in_place
+    from vllm_retrieval_attn.device.merge import merge_partials
 
     rows, heads, more = 7, 5, 4
     torch.manual_seed(0)
@@ -31,25 +31,25 @@ def test_merge_in_place_equals_reference(dim, dtype):
 
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_mirror_writes_every_row_to_pinned_memory(dim):
-    from vllm_retrieval_attn.attention.cuda_kernels import mirror
+    from vllm_retrieval_attn.device.cuda_kernels import mirror
 
     blocks, heads, block, page = 9, 3, 16, 64
     cache = torch.randn(blocks, heads, block, 2 * dim, device="cuda").bfloat16()
-    arena = torch.full((4, 2, heads, 2, page, dim), float("nan"), dtype=torch.bfloat16)
+    arena = torch.full((4, 2, heads, page, 2, dim), float("nan"), dtype=torch.bfloat16)
     status = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.numel() * 2, 3)
     assert int(status) == 0
     slots = torch.randperm(blocks * block, device="cuda")[:50]
     tokens = torch.tensor([4, 9, 33], device="cuda")
     places = [(3, 5), (0, 63), (2, 0)]
-    targets = torch.tensor([p * 2 * heads * 2 * page * dim + o * dim for p, o in places], device="cuda")
+    targets = torch.tensor([p * 2 * heads * 2 * page * dim + o * 2 * dim for p, o in places], device="cuda")
     layer = 1
-    mirror(cache, slots, tokens, targets, arena.data_ptr(), layer * heads * 2 * page * dim, page * dim)
+    mirror(cache, slots, tokens, targets, arena.data_ptr(), layer * heads * 2 * page * dim, page * 2 * dim)
     torch.cuda.synchronize()
     for token, (p, o) in zip(tokens.tolist(), places, strict=True):
         slot = int(slots[token])
         row = cache[slot // block, :, slot % block].cpu()
-        assert torch.equal(arena[p, layer, :, 0, o], row[:, :dim])
-        assert torch.equal(arena[p, layer, :, 1, o], row[:, dim:])
-        arena[p, layer, :, :, o] = float("nan")
+        assert torch.equal(arena[p, layer, :, o, 0], row[:, :dim])
+        assert torch.equal(arena[p, layer, :, o, 1], row[:, dim:])
+        arena[p, layer, :, o] = float("nan")
     assert arena.isnan().all()
     torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())

@@ -1,19 +1,21 @@
 """One in-process CPU engine with a tiny pool and arena; freed memory is poisoned throughout."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_retrieval_attn.bench.engine import InProcessEngine
 from vllm_retrieval_attn.bench.models import smollm2
-from vllm_retrieval_attn.ownership import resident_blocks_bound
+from vllm_retrieval_attn.core.ownership import Split
 
 KNOBS = {
     "sink_tokens": 16,
     "window_tokens": 64,
     "index": "flat",
-    "segment_tokens": 256,
+    "page_tokens": 256,
+    "resident_tokens": 0,
     "host_memory_gb": 0.15,
     "threads": 2,
     "poison_freed": True,
@@ -45,7 +47,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def prompts(engine):
-    from vllm_retrieval_attn.bench.needles import filler
+    from vllm_retrieval_attn.evaluation.needles import filler
 
     ids = engine.llm.get_tokenizer().encode(filler()[:60_000])
     rng = random.Random(3)
@@ -97,7 +99,7 @@ def test_greedy_tokens_equal_full_attention_one_by_one(engine, prompts, truth):
 def test_a_request_holds_no_more_blocks_than_the_bound(engine, prompts):
     engine.max_blocks.clear()
     engine.run([prompts[-1]], **GREEDY)
-    bound = resident_blocks_bound(KNOBS["sink_tokens"], KNOBS["window_tokens"], CHUNK, BLOCK)
+    bound = Split(KNOBS["sink_tokens"], KNOBS["window_tokens"], KNOBS["resident_tokens"], BLOCK).blocks_bound(CHUNK)
     assert max(engine.max_blocks.values()) <= bound < len(prompts[-1]) // BLOCK
 
 
@@ -206,7 +208,7 @@ def test_workers_that_can_not_be_restarted_fail_their_requests_only(engine, prom
     pool = engine.worker().pool
     config = pool._config
     monkeypatch.setattr(pool, "_config", config.model_copy(update={"restart_timeout_s": 1.0}))
-    monkeypatch.setattr(pool, "_path", "/nonexistent")  # restarted actors can not attach
+    monkeypatch.setattr(pool, "_setup", replace(pool._setup, path="/nonexistent"))  # restarted actors can not attach
     long, short = engine.add(prompts[-1], **GREEDY), engine.add(prompts[0], **GREEDY)
     killed, last = False, {}
     for outputs in engine.steps():

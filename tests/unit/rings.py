@@ -1,4 +1,4 @@
-"""A ring with lanes as threads of the test (or of a child process), and attention by brute force."""
+"""A ring with an actor's parts as threads of the test (or of a child process), and attention by brute force."""
 
 import json
 import os
@@ -8,25 +8,33 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.index.kernels import DTYPE_CODES
-from vllm_retrieval_attn.store.layout import ROW_FIELDS, WORD_CLIENT_PID, WORD_STOP, Layout
+from tests.unit.layouts import DTYPES
+from vllm_retrieval_attn.sketch.space import ROTATION
+from vllm_retrieval_attn.store.layout import (
+    ROW_FIELDS,
+    ROW_GENERATION,
+    ROW_INDEXED,
+    ROW_LIMIT,
+    ROW_POSITION,
+    ROW_TABLE,
+    ROW_TAU,
+    ROW_TOKENS,
+    SLOT_GENERATION,
+    SLOT_INDEXED,
+    SLOT_SPACE,
+    WORD_CLIENT_PID,
+    WORD_GROWTH,
+    WORD_STOP,
+    Layout,
+)
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.client import RingClient
+from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.lane import Lane
+from vllm_retrieval_attn.workers.message import Worktop
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def make_layout(
-    dtype: str = "float32", actors: int = 1, threads: int = 1, kv_heads: int = 1, group: int = 2, dim: int = 16,
-    layers: int = 2, page_tokens: int = 64, max_rows: int = 6, table_pages: int = 6,
-) -> Layout:  # fmt: skip
-    return Layout(
-        layers=layers, heads=kv_heads * group, kv_heads=kv_heads, dim=dim, itemsize=DTYPES[dtype].itemsize,
-        dtype_code=DTYPE_CODES[dtype], page_tokens=page_tokens, pages=max_rows * table_pages, max_rows=max_rows,
-        table_pages=table_pages, actors=actors, threads=threads,
-    )  # fmt: skip
+CANDIDATES = 256
 
 
 class Ring:
@@ -39,7 +47,7 @@ class Ring:
         self.views.words[WORD_CLIENT_PID] = os.getpid()
         self.views.pages[:] = 0xFF
         lay = layout
-        shape = (lay.pages, lay.layers, lay.kv_heads, 2, lay.page_tokens, lay.dim)
+        shape = (lay.pages, lay.layers, lay.kv_heads, lay.page_tokens, 2, lay.dim)
         self.pages = torch.from_numpy(self.views.pages).view(DTYPES[dtype]).view(shape)
         queries = torch.from_numpy(self.views.queries).view(DTYPES[dtype])
         self.queries = queries.view(lay.max_rows, lay.heads, lay.dim)
@@ -47,7 +55,11 @@ class Ring:
         self.revived = 0
         self.on_revive = lambda: None
         self.client = RingClient(layout, self.views, spin_ns, self._revive)
+        self.tops = [self._top(actor) for actor in range(layout.actors)]
         self.lanes: list[Lane] = []
+
+    def _top(self, actor: int) -> Worktop:
+        return Worktop(self.layout, self.views, Indexes(self.layout, self.views, actor), self.scale, CANDIDATES)
 
     def _revive(self, since: float) -> float:
         self.revived += 1
@@ -56,7 +68,7 @@ class Ring:
         return since
 
     def start(self, actor: int, thread: int) -> Lane:
-        lane = Lane(self.layout, self.views, actor, thread, self.scale, self.spin_ns)
+        lane = Lane(self.layout, self.views, self.tops[actor], actor, thread, self.spin_ns)
         lane.start()
         assert lane.ready.wait(300)
         self.lanes.append(lane)
@@ -77,62 +89,84 @@ class Ring:
         self.lanes = []
         self.views.words[WORD_STOP] = 0
 
+    def restart(self) -> None:
+        """All lanes end, and what the actors had in memory is gone."""
+        self.stop_lanes()
+        self.tops = [self._top(actor) for actor in range(self.layout.actors)]
+        self.start_all()
+
     def close(self) -> None:
         self.stop_lanes()
-        self.client._views = self.views = self.pages = self.queries = None
+        self.client._views = self.views = self.pages = self.queries = self.tops = None
         self.file.close()
 
-    def fill(self, layer: int, tokens: list[int], seed: int = 0) -> tuple[np.ndarray, list[torch.Tensor]]:
+    def fill(
+        self, layer: int, tokens: list[int], seed: int = 0, indexed: list[int] | None = None, rows: int = 64
+    ) -> tuple[np.ndarray, list[torch.Tensor]]:
         """Random queries, page tables and host tokens of some rows; returns the message and float64 K/V a row."""
         lay = self.layout
         random = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.views.tables[:] = -(1 << 40)
         self.views.pages[:] = 0xFF
+        self.views.slots[:, SLOT_GENERATION] = 0
         self.queries[:] = torch.randn(self.queries.shape).to(self.queries.dtype)
+        self.views.outside[:] = torch.randn(self.views.outside.shape).numpy()
         free = random.permutation(lay.pages).tolist()
-        slots, places = random.permutation(lay.max_rows), random.permutation(lay.max_rows)
+        slots = random.permutation(lay.max_rows)
         message = np.zeros((len(tokens), ROW_FIELDS), np.int64)
+        message[:, ROW_TABLE] = slots[: len(tokens)]
+        message[:, ROW_GENERATION] = 1 + seed * 100 + np.arange(len(tokens))
+        message[:, ROW_TOKENS], message[:, ROW_INDEXED] = tokens, indexed or [0] * len(tokens)
+        message[:, ROW_POSITION] = message[:, ROW_TOKENS] + 700
+        message[:, ROW_LIMIT], message[:, ROW_TAU] = rows, 1000
         stored = []
         for row, count in enumerate(tokens):
-            message[row, :3] = slots[row], count, places[row]
-            kv = torch.randn(lay.kv_heads, 2, count, lay.dim).to(self.pages.dtype)
+            slot = self.views.slots[slots[row]]
+            slot[SLOT_GENERATION], slot[SLOT_SPACE] = message[row, ROW_GENERATION], ROTATION
+            slot[SLOT_INDEXED] = message[row, ROW_INDEXED]
+            kv = torch.randn(lay.kv_heads, count, 2, lay.dim).to(self.pages.dtype)
             for number in range(lay.page_tokens_owned(count)):
                 page = free.pop()
                 self.views.tables[slots[row], number] = page
-                part = kv[:, :, number * lay.page_tokens : (number + 1) * lay.page_tokens]
-                self.pages[page, layer, :, :, : part.shape[2]] = part
+                part = kv[:, number * lay.page_tokens : (number + 1) * lay.page_tokens]
+                self.pages[page, layer, :, : part.shape[1]] = part
             stored.append(kv.double())
+        self.views.words[WORD_GROWTH] += 1
         return message, stored
 
-    def wanted(self, message: np.ndarray, stored: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def wanted(self, stored: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of each row of a message by brute force, in float64."""
         lay = self.layout
-        out = torch.zeros(len(message), lay.heads, lay.dim, dtype=torch.float64)
-        lse = torch.full((len(message), lay.heads), -torch.inf, dtype=torch.float64)
+        out = torch.zeros(len(stored), lay.heads, lay.dim, dtype=torch.float64)
+        lse = torch.full((len(stored), lay.heads), -torch.inf, dtype=torch.float64)
         for row, kv in enumerate(stored):
-            if kv.shape[2] == 0:
+            if kv.shape[1] == 0:
                 continue
-            q = self.queries[message[row, 2]].double() * self.scale
+            q = self.queries[row].double() * self.scale
             for head in range(lay.heads):
-                scores = kv[head // lay.group, 0] @ q[head]
-                out[row, head] = torch.softmax(scores, 0) @ kv[head // lay.group, 1]
+                scores = kv[head // lay.group, :, 0] @ q[head]
+                out[row, head] = torch.softmax(scores, 0) @ kv[head // lay.group, :, 1]
                 lse[row, head] = torch.logsumexp(scores, 0)
         return out, lse
 
     def collect(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         out = np.full((rows, self.layout.heads, self.layout.dim), np.nan, np.float32)
         lse = np.full((rows, self.layout.heads), np.nan, np.float32)
-        self.client.collect(out, lse)
+        self.failed = self.client.collect(out, lse)
         return torch.from_numpy(out), torch.from_numpy(lse)
 
+    def ask(self, layer: int, message: np.ndarray, probe: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+        self.client.post(layer, message, probe)
+        return self.collect(len(message))
+
     def check(self, layer: int, tokens: list[int], seed: int = 0, before_collect=lambda: None) -> None:
-        """One message with random content is answered right."""
+        """One message with random content, all of it exact, is answered right."""
         message, stored = self.fill(layer, tokens, seed)
         self.client.post(layer, message)
         before_collect()
         got, got_lse = self.collect(len(tokens))
-        want, want_lse = self.wanted(message, stored)
+        want, want_lse = self.wanted(stored)
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(got_lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 

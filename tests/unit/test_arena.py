@@ -6,14 +6,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.unit.rings import DTYPES, make_layout
+from tests.unit.layouts import DTYPES, make_layout
 from vllm_retrieval_attn.store.arena import Arena, ArenaFull
+from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, WORD_GROWTH
 
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
 
 
 def make_arena(dtype="float32", poison=True, **shape):
-    return Arena(make_layout(dtype, **shape), DTYPES[dtype], rank=91, segment_tokens=128, poison=poison)
+    return Arena(make_layout(dtype, **shape), DTYPES[dtype], rank=91, poison=poison)
 
 
 class ArenaLife(RuleBasedStateMachine):
@@ -24,6 +25,8 @@ class ArenaLife(RuleBasedStateMachine):
         self.arena = make_arena(dtype, max_rows=rows, table_pages=6, dim=8, layers=1)
         self.arena.pages[:] = float("nan")
         self.model: dict[str, tuple[int, int]] = {}  # id -> (epoch, tokens)
+        self.indexed: dict[int, int] = {}  # epoch -> tokens
+        self.generations: set[int] = set()
         self.epoch = 0
         # Half the pages: growth can meet a full arena.
         self.spare = [self.arena._free.pop() for _ in range(self.arena.layout.pages // 2)]
@@ -51,7 +54,27 @@ class ArenaLife(RuleBasedStateMachine):
             return
         store = self.arena.open(request_id, self.epoch)
         assert (store.epoch, store.pages, store.tokens) == (self.epoch, [], 0)
+        assert store.generation not in self.generations
+        assert self.arena.views.slots[store.slot, SLOT_SPACE] == self.arena.space
+        self.generations.add(store.generation)
         self.model[request_id] = (self.epoch, 0)
+        self.indexed[self.epoch] = 0
+
+    @rule(space=st.integers(0, 1))
+    def learn(self, space):
+        self.arena.space = space
+
+    @rule(request_id=IDS, share=st.floats(0, 1))
+    def allow_indexing(self, request_id, share):
+        """More tokens are allowed and told to the actors; fewer change nothing."""
+        if request_id not in self.model:
+            return
+        epoch, tokens = self.model[request_id]
+        allowed = int(share * tokens)
+        growth = int(self.arena.views.words[WORD_GROWTH])
+        self.arena.allow_indexing(self.arena.requests[request_id], allowed)
+        assert self.arena.views.words[WORD_GROWTH] == growth + (allowed > self.indexed[epoch])
+        self.indexed[epoch] = max(allowed, self.indexed[epoch])
 
     @rule(request_id=IDS)
     def open_again(self, request_id):
@@ -74,7 +97,7 @@ class ArenaLife(RuleBasedStateMachine):
             return
         self.arena.grow(store, target)
         pages, offsets = self.arena.token_positions(store, tokens, target)
-        self.arena.pages[torch.from_numpy(pages), :, :, :, torch.from_numpy(offsets)] = float(epoch)
+        self.arena.pages[torch.from_numpy(pages), :, :, torch.from_numpy(offsets)] = float(epoch)
         store.written(target)
         self.model[request_id] = (epoch, target)
 
@@ -85,7 +108,9 @@ class ArenaLife(RuleBasedStateMachine):
             self.arena.release(request_id, self.epoch)
             return
         epoch, _ = self.model[request_id]
+        growth = int(self.arena.views.words[WORD_GROWTH])
         self.arena.release(request_id, epoch + age)
+        assert self.arena.views.words[WORD_GROWTH] == growth + (age >= 0)
         if age >= 0:
             del self.model[request_id]
 
@@ -102,12 +127,19 @@ class ArenaLife(RuleBasedStateMachine):
         slots = [store.slot for store in arena.requests.values()]
         assert sorted(slots + arena._slots) == list(range(arena.layout.max_rows))
         assert arena.host_tokens == sum(tokens for _, tokens in self.model.values())
+        assert arena.indexed_tokens == sum(self.indexed[epoch] for epoch, _ in self.model.values())
+        generations = [store.generation for store in arena.requests.values()]
+        assert len(set(generations)) == len(generations)
+        assert 0 not in generations
+        assert not arena.views.slots[arena._slots, SLOT_GENERATION].any()
         assert arena.pages[arena._free].isnan().all()
         for request_id, (epoch, tokens) in self.model.items():
             store = arena.requests[request_id]
             assert arena.views.tables[store.slot, : len(store.pages)].tolist() == store.pages
+            assert arena.views.slots[store.slot, SLOT_GENERATION] == store.generation
+            assert arena.views.slots[store.slot, SLOT_INDEXED] == self.indexed[epoch]
             pages, offsets = arena.token_positions(store, 0, tokens)
-            assert (arena.pages[torch.from_numpy(pages), :, :, :, torch.from_numpy(offsets)] == epoch).all()
+            assert (arena.pages[torch.from_numpy(pages), :, :, torch.from_numpy(offsets)] == epoch).all()
 
 
 TestArenaLife = ArenaLife.TestCase
@@ -123,7 +155,7 @@ def arena():
 
 def test_low_pages_are_used_first_and_reserved_before_use():
     seen = []
-    arena = Arena(make_layout(), torch.float32, 91, 128, reserve=seen.append)
+    arena = Arena(make_layout(), torch.float32, 91, reserve=seen.append)
     arena.grow(arena.open("a", 1), 3 * 64)
     assert seen == arena.requests["a"].pages == [0, 1, 2]
     arena.close()
@@ -133,7 +165,7 @@ def test_a_failed_reserve_loses_no_page():
     def refuse(page):
         raise RuntimeError("no memory to pin")
 
-    arena = Arena(make_layout(), torch.float32, 91, 128, reserve=refuse)
+    arena = Arena(make_layout(), torch.float32, 91, reserve=refuse)
     store = arena.open("a", 1)
     with pytest.raises(RuntimeError, match="pin"):
         arena.grow(store, 64)
@@ -167,6 +199,19 @@ def test_token_positions_are_pages_and_offsets_in_token_order(arena):
     pages, offsets = arena.token_positions(store, 62, 130)
     assert pages.tolist() == [store.pages[t // 64] for t in range(62, 130)]
     assert offsets.tolist() == [t % 64 for t in range(62, 130)]
+
+
+def test_a_page_table_has_another_generation_for_each_owner_and_none_between(arena):
+    store = arena.open("a", 1)
+    arena.grow(store, 100)
+    arena.allow_indexing(store, 64)
+    arena.release("a", 1)
+    assert arena.views.slots[store.slot, SLOT_GENERATION] == 0
+    arena.space = 1
+    later = arena.open("a", 2)
+    assert later.slot == store.slot
+    assert later.generation > store.generation
+    assert arena.views.slots[later.slot].tolist() == [later.generation, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from vllm_retrieval_attn.attention.merge import merge_partials
-from vllm_retrieval_attn.bench import capture, capture_file, planting, recorder
-from vllm_retrieval_attn.bench.needles import planted_document
+from vllm_retrieval_attn.bench import capture, capture_file, recorder
+from vllm_retrieval_attn.device.merge import merge_partials
+from vllm_retrieval_attn.evaluation import planting
+from vllm_retrieval_attn.evaluation.needles import planted_document
 
 VOCABULARY, HEADS, KV_HEADS, DIM = 512, 4, 2, 16
 SINK, WINDOW, LENGTH = 8, 24, 150

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
 
-from vllm_retrieval_attn import compat
+from vllm_retrieval_attn.plugin import compat
 from vllm_retrieval_attn.store.shared_file import SHM_DIR, SharedFile
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_retrieval_attn import config
-from vllm_retrieval_attn.config import RetrievalConfig, default_threads, parse, resolve
+from vllm_retrieval_attn.core import config
+from vllm_retrieval_attn.core.config import RetrievalConfig, default_threads, parse, resolve
 
 MODEL = {"bytes_per_token": 1000, "kv_heads": 4, "block_size": 16, "ranks": 1}
 
@@ -33,9 +33,23 @@ def refusal(call) -> str:
         ({"window_tokens": 0}, "window_tokens"),
         ({"sink_tokens": -1}, "sink_tokens"),
         ({"sink_tokens": 1.5}, "sink_tokens"),
-        ({"segment_tokens": 100}, "segment_tokens"),
-        ({"segment_tokens": 0}, "segment_tokens"),
+        ({"resident_tokens": -1}, "resident_tokens"),
+        ({"resident_tokens": "all"}, "resident_tokens"),
         ({"index": "lsh"}, "index"),
+        ({"rows": 0}, "rows"),
+        ({"rows": 1 << 17, "max_rows": 1 << 16}, "rows"),
+        ({"max_rows": 1 << 17}, "max_rows"),
+        ({"tau": 0}, "tau"),
+        ({"tau": 1.5}, "tau"),
+        ({"tau": float("nan")}, "tau"),
+        ({"min_tau": 0}, "min_tau"),
+        ({"candidates": 63}, "candidates"),
+        ({"allow_exact": "perhaps"}, "allow_exact"),
+        ({"fidelity": 1.1}, "fidelity"),
+        ({"page_tokens": 0}, "page_tokens"),
+        ({"page_tokens": 32}, "page_tokens"),
+        ({"page_tokens": 1 << 17}, "page_tokens"),
+        ({"host_memory_gb": float("inf")}, "host_memory_gb"),
         ({"host_memory_gb": 0}, "host_memory_gb"),
         ({"host_memory_gb": [1]}, "host_memory_gb"),
         ({"workers": 0}, "workers"),
@@ -47,6 +61,44 @@ def refusal(call) -> str:
 )
 def test_a_bad_knob_is_refused_in_one_line_that_names_it(knobs, named):
     assert named in refusal(lambda: parse({"retrieval": knobs}))
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw", "roar"])
+def test_kinds_to_compare_with_are_not_served(index):
+    text = refusal(lambda: parse({"retrieval": {"index": index}}))
+    assert f"index='{index}'" in text
+    assert "'attention', 'flat' or 'none'" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("budget", "rows"),
+        ("rerank", "rows"),
+        ("tail", "rows"),
+        ("segment_tokens", "page_tokens"),
+        ("build_on", "threads"),
+    ],
+)
+def test_a_knob_of_earlier_versions_is_answered_with_the_one_to_use_now(old, now):
+    assert refusal(lambda: parse({"retrieval": {old: 1}})) == f"retrieval: knob '{old}' is no more; use '{now}'"
+
+
+@pytest.mark.parametrize("tokens", [100, 96, 192, 1000, 8192 + 64])
+def test_pages_are_powers_of_two(tokens):
+    assert "page_tokens" in refusal(lambda: parse({"retrieval": {"page_tokens": tokens}}))
+
+
+@pytest.mark.parametrize("exponent", range(6, 17))
+def test_every_power_of_two_from_64_is_a_page(exponent):
+    assert parse({"retrieval": {"page_tokens": 1 << exponent}}).page_tokens == 1 << exponent
+
+
+def test_defaults_beyond_what_requests_may_ask_for_are_refused():
+    assert "rows=3000 is above max_rows=2000" in refusal(lambda: parse({"retrieval": {"rows": 3000, "max_rows": 2000}}))
+    assert parse({"retrieval": {"rows": 2000, "max_rows": 2000}}).rows == 2000
+    assert "tau=0.001 is below min_tau=0.1" in refusal(lambda: parse({"retrieval": {"min_tau": 0.1}}))
+    assert parse({"retrieval": {"min_tau": 0.1, "tau": 0.1}}).tau == 0.1
 
 
 def test_an_unknown_knob_is_answered_with_the_known_ones():
@@ -87,7 +139,7 @@ def test_more_host_memory_than_is_free_is_refused():
 def test_host_memory_without_room_for_a_page_is_refused(gigabytes):
     text = refusal(lambda: resolve(RetrievalConfig(host_memory_gb=gigabytes), **MODEL))
     assert "host_memory_gb" in text
-    assert "segment_tokens" in text
+    assert "page_tokens" in text
 
 
 def test_a_machine_without_free_memory_is_refused(monkeypatch):
@@ -101,14 +153,6 @@ def test_index_none_takes_no_host_memory_and_has_no_longest_request():
     assert resolved.longest_request is None
 
 
-@given(st.integers(1, 400).map(lambda n: 64 * n))
-def test_a_page_divides_a_segment_and_is_whole_tiles(segment_tokens):
-    page = RetrievalConfig(segment_tokens=segment_tokens, index="flat").page_tokens
-    assert segment_tokens % page == 0
-    assert page % 64 == 0
-    assert page <= 1024
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_pages_of_all_ranks_fit_the_host_memory(ranks):
     resolved = resolve(RetrievalConfig(host_memory_gb=1.5), **{**MODEL, "ranks": ranks})
@@ -116,20 +160,20 @@ def test_pages_of_all_ranks_fit_the_host_memory(ranks):
     assert resolved.host_pages * page * ranks <= 1.5e9 < (resolved.host_pages + 1) * page * ranks
 
 
-def test_indexes_are_part_of_the_host_memory():
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("codes", [0, 125, 3000])
+def test_codes_are_part_of_the_host_memory(codes, ranks):
     knobs = RetrievalConfig(host_memory_gb=1.5)
-    without, indexed = resolve(knobs, **MODEL), resolve(knobs, **MODEL, index_bytes_per_segment=1_200_000)
-    page = 1000 * indexed.page_tokens
-    assert without.index_slabs == 0
-    assert 0.85 < indexed.host_pages / without.host_pages < 0.9
-    assert indexed.index_slabs == indexed.host_pages * indexed.page_tokens // 8192
-    assert indexed.host_pages * page + indexed.index_slabs * 1_200_000 <= 1.5e9
+    resolved = resolve(knobs, **{**MODEL, "ranks": ranks}, index_bytes_per_token=codes)
+    page = (1000 + codes) * resolved.page_tokens
+    assert resolved.index_bytes_per_token == codes
+    assert resolved.host_pages * page * ranks <= 1.5e9 < (resolved.host_pages + 1) * page * ranks
 
 
-@pytest.mark.parametrize("tokens", [64, 8192 + 64, 65536])
-def test_a_segment_that_the_index_can_not_have_is_refused(tokens):
-    assert "a multiple of 256 below 65536" in refusal(lambda: parse({config.KEY: {"segment_tokens": tokens}}))
-    assert parse({config.KEY: {"segment_tokens": tokens, "index": "flat"}}).segment_tokens == tokens
+def test_codes_may_leave_no_room_for_a_page():
+    knobs = RetrievalConfig(host_memory_gb=1500 * 1024 / config.GB)
+    assert resolve(knobs, **MODEL).host_pages == 1
+    assert "host_memory_gb" in refusal(lambda: resolve(knobs, **MODEL, index_bytes_per_token=600))
 
 
 def test_default_host_memory_leaves_a_reserve():
@@ -143,6 +187,24 @@ def test_sinks_round_up_to_blocks_and_bound_the_longest_request():
     assert resolved.longest_request == 112 + resolved.host_pages * resolved.page_tokens
 
 
+@pytest.mark.parametrize(
+    ("resident", "window", "longest"), [(4096, 512, 4096), (0, 512, 128 + 1024), (0, 2000, 128 + 2000)]
+)
+def test_the_longest_request_fills_the_host_or_stays_in_pages(resident, window, longest):
+    knobs = RetrievalConfig(host_memory_gb=1.1e-3, resident_tokens=resident, window_tokens=window)
+    resolved = resolve(knobs, **MODEL)
+    assert resolved.host_pages == 1
+    assert resolved.longest_request == longest
+    if longest != 128 + 1024:
+        assert resolved.split.never_leaves_pages(longest)
+
+
+def test_the_split_is_that_of_the_knobs():
+    knobs = RetrievalConfig(host_memory_gb=1, sink_tokens=100, window_tokens=200, resident_tokens=300)
+    split = resolve(knobs, **MODEL).split
+    assert (split.sink_tokens, split.window_tokens, split.resident_tokens, split.block_size) == (100, 200, 300, 16)
+
+
 @given(st.integers(1, 256), st.integers(1, 8), st.integers(1, 8))
 def test_default_threads_never_oversubscribe_a_machine_with_enough_cores(cpus, ranks, workers):
     threads = default_threads(cpus, ranks, workers)
@@ -152,7 +214,20 @@ def test_default_threads_never_oversubscribe_a_machine_with_enough_cores(cpus, r
 
 def test_knobs_survive_resolution_and_json():
     knobs = RetrievalConfig(
-        sink_tokens=7, window_tokens=99, segment_tokens=640, host_memory_gb=1, threads=3, index="flat"
+        sink_tokens=7,
+        window_tokens=99,
+        resident_tokens=55,
+        page_tokens=128,
+        host_memory_gb=1,
+        threads=3,
+        index="flat",
+        rows=77,
+        tau=0.5,
+        candidates=99,
+        max_rows=88,
+        min_tau=0.25,
+        allow_exact=False,
+        fidelity=0.75,
     )
     resolved = resolve(knobs, **MODEL)
     assert {name: getattr(resolved, name) for name in RetrievalConfig.model_fields} == {

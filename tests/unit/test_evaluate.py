@@ -15,11 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_retrieval_attn import cli_eval
-from vllm_retrieval_attn.bench import evaluate as runs
-from vllm_retrieval_attn.bench import runners
-from vllm_retrieval_attn.bench.evaluate import Settings, divergence, evaluate, perplexity, table
-from vllm_retrieval_attn.bench.runners import Scores
-from vllm_retrieval_attn.bench.tasks import Task
+from vllm_retrieval_attn.evaluation import evaluate as runs
+from vllm_retrieval_attn.evaluation import runners
+from vllm_retrieval_attn.evaluation.evaluate import Settings, divergence, evaluate, perplexity, table
+from vllm_retrieval_attn.evaluation.runners import Scores
+from vllm_retrieval_attn.evaluation.tasks import Task
 
 
 def scores(rows, true=None, whole=True):

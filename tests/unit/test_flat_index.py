@@ -1,4 +1,4 @@
-"""FlatIndex against brute force in float64, and the import boundary of index/."""
+"""FlatIndex against brute force in float64, and the import boundary of what is neither vLLM's nor Ray's."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import vllm_retrieval_attn.index as index_package
-from vllm_retrieval_attn.index.flat import FlatIndex
+import vllm_retrieval_attn
+from vllm_retrieval_attn.baselines.flat import FlatIndex
 
 NO_QUERIES = np.empty((1, 0, 1), np.float32)
 
@@ -32,9 +32,25 @@ def test_flat_equals_brute_force_after_build_and_append(dtype, dim):
     assert index.touched.keys == 2 * 3 * 333
 
 
-def test_index_imports_neither_vllm_nor_ray():
-    for path in Path(index_package.__file__).parent.glob("*.py"):
+PACKAGE = Path(vllm_retrieval_attn.__file__).parent
+PLAIN = {
+    "core": {"core"},
+    "sketch": {"sketch"},
+    "index": {"index", "sketch"},
+    "baselines": {"baselines", "index", "sketch"},
+    "store": {"store", "sketch"},
+}
+"""Folders that know neither vLLM nor Ray, and what of the package they may import."""
+
+
+@pytest.mark.parametrize("folder", PLAIN)
+def test_plain_folders_import_neither_vllm_nor_ray_nor_what_does(folder):
+    paths = list((PACKAGE / folder).glob("*.py"))
+    assert len(paths) > 2
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"vllm", "ray"}, path.name
+            ours = {name.split(".")[1] for name in names if name.startswith("vllm_retrieval_attn.")}
+            assert ours <= PLAIN[folder], path.name

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_retrieval_attn.kvcache.ledger import HostLedger
-from vllm_retrieval_attn.ownership import never_leaves_pages
+from vllm_retrieval_attn.core.ledger import HostLedger
+from vllm_retrieval_attn.core.ownership import Split
 
 SINK, WINDOW, BLOCK, PAGE = 32, 48, 16, 64
+SPLIT = Split(SINK, WINDOW, 0, BLOCK)
 IDS = [f"r{i}" for i in range(6)]
 OPERATIONS = st.lists(
     st.tuples(
@@ -18,7 +19,7 @@ OPERATIONS = st.lists(
 
 
 def ledger(pages: int = 10) -> HostLedger:
-    return HostLedger(pages, PAGE, SINK, WINDOW, BLOCK)
+    return HostLedger(pages, PAGE, SPLIT)
 
 
 def pages_of(tokens: int) -> int:
@@ -38,7 +39,7 @@ def test_pages_held_follow_the_requests_and_never_exceed_capacity(capacity, oper
                 continue
             arrived.add(request)
             book.arrived(request, tokens)
-            if capacity == 0 or never_leaves_pages(tokens, SINK, WINDOW, BLOCK):
+            if capacity == 0 or SPLIT.never_leaves_pages(tokens):
                 resident.add(request)
         elif request not in arrived:
             continue

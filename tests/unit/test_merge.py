@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_retrieval_attn.attention.merge import merge_partials
+from vllm_retrieval_attn.device.merge import merge_partials
 
 HEADS, DIM = 3, 8
 

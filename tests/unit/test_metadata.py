@@ -4,22 +4,23 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_retrieval_attn.attention.metadata import resident_columns
-from vllm_retrieval_attn.ownership import sink_end, window_start
+from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.plugin.metadata import resident_columns
 
 
 @st.composite
 def batches(draw):
-    sink, window, block = draw(st.integers(0, 100)), draw(st.integers(1, 150)), 16 * draw(st.integers(1, 4))
-    rows = draw(st.lists(st.tuples(st.integers(0, 900), st.integers(1, 80)), min_size=1, max_size=6))
-    return sink, window, block, rows, draw(st.integers(0, 5))
+    resident, block = draw(st.integers(0, 800)), 16 * draw(st.integers(1, 4))
+    split = Split(draw(st.integers(0, 100)), draw(st.integers(1, 150)), resident, block)
+    rows = draw(st.lists(st.tuples(st.integers(0, 1200), st.integers(1, 80)), min_size=1, max_size=6))
+    return split, rows, draw(st.integers(0, 5))
 
 
 @given(batches())
 def test_columns_are_the_sink_blocks_then_the_window_blocks(batch):
-    sink, window, block, rows, spare = batch
-    sinks = sink_end(sink, block)
-    windows = np.array([window_start(computed, sink, window, block) for computed, _ in rows])
+    split, rows, spare = batch
+    sinks, block = split.sink_end, split.block_size
+    windows = split.window_starts(np.array([computed for computed, _ in rows]))
     lengths = np.array([computed + new for computed, new in rows])
     width = int(-(-lengths.max() // block)) + spare
     resident = lengths - (windows - sinks)

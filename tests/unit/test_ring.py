@@ -3,13 +3,17 @@
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.rings import DTYPES, Ring, make_layout
-from vllm_retrieval_attn.store.layout import WORD_CLIENT_PID
+from tests.unit.layouts import DTYPES, make_layout
+from tests.unit.rings import Ring
+from vllm_retrieval_attn.store.layout import ROW_GENERATION, ROW_LIMIT, SLOT_GENERATION, WORD_CLIENT_PID
 from vllm_retrieval_attn.workers.client import WorkersUnavailable
 
 
@@ -51,7 +55,7 @@ def test_answers_equal_brute_force_attention(case):
         ring.start_all()
         for number, tokens in enumerate(messages):
             ring.check((seed + number) % layout.layers, tokens, seed + number)
-            assert ring.client.search_stats()[1] == sum(tokens) * layout.kv_heads
+            assert ring.client.search_stats()[2] == sum(tokens) * layout.kv_heads
     finally:
         ring.close()
 
@@ -86,13 +90,13 @@ def test_a_restarted_lane_answers_what_its_dead_predecessor_did_not(rings):
 
 
 def test_a_killed_process_is_replaced_by_one_that_answers(rings):
-    ring = rings(make_layout(threads=2, kv_heads=2))
+    ring = rings(make_layout(actors=2, kv_heads=2))
     ring.start(0, 0)
     children = []
 
     def launch():
         if not children or children[-1].poll() is not None:
-            children.append(subprocess.Popen(ring.child_arguments(0, 1, 50_000)))
+            children.append(subprocess.Popen(ring.child_arguments(1, 0, 50_000)))
 
     launch()
     try:
@@ -123,7 +127,7 @@ def test_revive_may_give_up_and_an_abandoned_message_is_not_served(rings):
     ring.on_revive = lambda: None
     ring.start_all()
     ring.check(1, [50], 4)
-    assert ring.client.search_stats()[1] == 50
+    assert ring.client.search_stats()[2] == 50
 
 
 def test_stop_ends_all_lanes(rings):
@@ -174,3 +178,91 @@ def test_a_lane_that_polls_for_long_does_not_grow_its_stack(rings):
     finally:
         child.kill()
         child.wait()
+
+
+# ---- rows that are searched through an index
+
+LONG = {"dim": 64, "page_tokens": 256, "table_pages": 40, "max_rows": 3, "indexed": True, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """One message with an indexed, an exact and another indexed row, answered by rings of several shapes."""
+    found = {}
+    for actors, threads in [(1, 1), (1, 3), (2, 2)]:
+        layout = make_layout("bfloat16", kv_heads=2, group=3, actors=actors, threads=threads, **LONG)
+        ring = Ring(replace(layout, most_limit=4000), "bfloat16")
+        ring.start_all()
+        message, stored = ring.fill(1, [9000, 50, 2000], 5, [8960, 0, 1024])
+        found[actors, threads] = ring.ask(1, message)
+        if (actors, threads) == (1, 3):
+            found["again"] = ring.ask(1, message)
+            ring.restart()
+            found["restarted"] = ring.ask(1, message)
+            message[:, ROW_LIMIT] = 4000
+            found["many rows"] = ring.ask(1, message)
+            found["wanted"] = ring.wanted(stored)
+            found["read"] = ring.client.search_stats()
+        ring.close()
+    return found
+
+
+@pytest.mark.parametrize("other", [(1, 1), (2, 2), "again", "restarted"])
+def test_what_is_read_depends_on_no_thread_process_or_clock(answers, other):
+    for one, two in zip(answers[1, 3], answers[other], strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_exact_row_beside_them_is_exact(answers):
+    for got, want in zip(answers[1, 3], answers["wanted"], strict=True):
+        torch.testing.assert_close(got[1].double(), want[1], atol=1e-5, rtol=1e-4)
+
+
+def test_more_rows_come_closer_to_brute_force(answers):
+    want, want_lse = answers["wanted"]
+    errors = [(answers[name][0] - want).norm() / want.norm() for name in [(1, 3), "many rows"]]
+    assert errors[1] < 0.6 * errors[0] < 0.6
+    assert (answers["many rows"][1] - want_lse).abs().max() < 0.1
+
+
+def test_rows_read_and_codes_scored_are_counted(answers):
+    _, codes, rows = answers["read"]
+    assert codes == 2 * (8960 + 1024)
+    assert 2 * (3900 + 40 + 50 + 1000 + 976) < rows <= 2 * (4000 + 70 + 40 + 50 + 1024 + 976)
+
+
+def test_a_row_whose_table_changed_hands_fails_alone(rings):
+    ring = rings(make_layout(kv_heads=1, group=2, **LONG))
+    ring.start_all()
+    message, _ = ring.fill(0, [1500, 1300], 3, [1024, 1024])
+    ring.views.slots[message[0, 0], SLOT_GENERATION] += 1
+    got, _ = ring.ask(0, message)
+    assert ring.failed.tolist() == [0]
+    assert torch.isfinite(got[1]).all()
+    message[0, ROW_GENERATION] += 1
+    ring.ask(0, message)
+    assert ring.failed.tolist() == []
+
+
+def test_a_row_that_asks_for_more_than_the_server_has_room_for_fails_alone(rings):
+    ring = rings(make_layout(kv_heads=1, group=2, **LONG))
+    ring.start_all()
+    message, _ = ring.fill(0, [9000, 100], 3, [8960, 0])
+    message[0, ROW_LIMIT] = 8000
+    ring.ask(0, message)
+    assert ring.failed.tolist() == [0]
+    message[0, ROW_LIMIT] = 1000
+    ring.ask(0, message)
+    assert ring.failed.tolist() == []
+
+
+def test_the_choice_of_a_probed_row_is_kept(rings):
+    ring = rings(make_layout(kv_heads=2, group=2, **LONG))
+    ring.start_all()
+    message, _ = ring.fill(1, [3000, 2500], 3, [2048, 2048])
+    ring.ask(1, message, probe=1)
+    for head in range(2):
+        count, *ids = ring.views.chosen[1, head]
+        assert 30 < count <= 64 + 16
+        assert (np.diff(ids[:count]) > 0).all()
+        assert 0 <= ids[0] <= ids[count - 1] < 2048

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.bench.capture_file import Head, save
-from vllm_retrieval_attn.bench.planting import Tokens, plant
 from vllm_retrieval_attn.bench.recorder import Recorder, choose_layers, half
+from vllm_retrieval_attn.evaluation.planting import Tokens, plant
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""

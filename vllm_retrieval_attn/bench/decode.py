@@ -62,13 +62,14 @@ def measure(
     """TTFT, TPOT and the decode breakdown of one mode at each prompt length.
 
     Args:
-        mode: ``full`` (vLLM's own backend on this device) or a kind of index. Segments are indexed before decode is
-            timed; the time this took beyond the prefill is ``index_s``, and part of ``ttft_s``.
+        mode: ``full`` (vLLM's own backend on this device) or a kind of index.
         tokens: output tokens. batch: equal requests at once.
         options: for ``vllm.LLM`` and, under ``retrieval``, our knobs.
 
     Returns:
-        One row a length: ``ttft_s`` in seconds, ``tpot_ms`` in milliseconds, ``*_us`` in microseconds a layer.
+        One row a length: ``ttft_s`` in seconds; ``tpot_ms``, median, and ``tpot_ms_p90`` in milliseconds;
+        ``settled_s``: seconds from the first token until steps take less than 1.5 times the median; ``*_us`` in
+        microseconds a layer.
     """
     import torch
     from vllm.platforms import current_platform
@@ -80,7 +81,6 @@ def measure(
             str(write_shape(shape, Path(folder))),
             {**knobs, "index": mode} if mode != "full" else None,
             backend,
-            settle="decode",
             **{
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,
@@ -102,7 +102,6 @@ def measure(
         worker = engine.worker() if mode != "full" else None
         if worker is not None:
             worker.stats()
-        engine.settle_s = 0.0
         begin = time.perf_counter()
         names = [engine.add(_prompt(length, vocabulary, seed), **sampling) for seed in range(batch)]
         stamps: list[float] = []
@@ -118,10 +117,12 @@ def measure(
             elif worker is not None and worker.hosted:
                 host_bytes = max(host_bytes, worker.arena.used_bytes)
                 host_tokens = max(host_tokens, worker.arena.host_tokens)
-                index_bytes = max(index_bytes, worker.stats_of_index()["index_bytes"])
+                index_bytes = max(index_bytes, worker.arena.indexed_tokens * worker.config.index_bytes_per_token)
         engine.drain()
         ttft = stamps[0] if stamps else ttft
-        steps = [b - a for a, b in itertools.pairwise(stamps)][_SKIP:]
+        every = [b - a for a, b in itertools.pairwise(stamps)]
+        steps = every[_SKIP:]
+        late = [i for i, step in enumerate(every) if step > 1.5 * statistics.median(steps)]
         row: dict[str, Any] = {
             "mode": mode,
             "shape": shape,
@@ -129,7 +130,8 @@ def measure(
             "prompt_tokens": length,
             "ttft_s": round(ttft, 3),
             "tpot_ms": round(statistics.median(steps) * 1e3, 3),
-            "index_s": round(engine.settle_s, 3),
+            "tpot_ms_p90": round(sorted(steps)[len(steps) * 9 // 10] * 1e3, 3),
+            "settled_s": round(sum(every[: late[-1] + 1]), 3) if late else 0.0,
             "paged_blocks": max(engine.max_blocks.values()),
             "host_bytes": host_bytes,
             "host_tokens": host_tokens,
@@ -141,7 +143,7 @@ def measure(
             layers = max(timings["layers"], 1)
             for part in ("query_out", "wait", "search", "merge", "total"):
                 row[f"{part}_us"] = round(timings[part] / layers / 1e3, 1)
-            row["keys_per_layer"] = timings["keys"] // layers
+            row["codes_per_layer"], row["rows_per_layer"] = timings["codes"] // layers, timings["rows"] // layers
         rows.append(row)
         print(json.dumps(row), flush=True)
     engine.close()

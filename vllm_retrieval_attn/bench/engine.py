@@ -4,12 +4,10 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 # Read when vLLM is imported: engine core and worker in this process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-_SETTLE_S = 900.0
 
 
 @dataclass
@@ -33,8 +31,6 @@ class InProcessEngine:
 
     Args:
         model: folder or name. retrieval: our knobs; None serves with ``backend`` instead.
-        settle: when to wait for the index builds that were queued, so that what follows uses the index: after each
-            of the ``steps``, or in ``decode`` alone, so that builds run beside the prefill as they do in a server.
         options: further arguments of ``vllm.LLM``.
     """
 
@@ -43,7 +39,6 @@ class InProcessEngine:
         model: str,
         retrieval: dict[str, Any] | None = None,
         backend: str = "retrieval",
-        settle: Literal["never", "steps", "decode"] = "never",
         **options: Any,
     ) -> None:
         from vllm import LLM
@@ -54,8 +49,6 @@ class InProcessEngine:
         self.engine: Any = self.llm.llm_engine
         self.max_blocks: dict[str, int] = {}
         self._number = 0
-        self._settle = settle if retrieval is not None else "never"
-        self.settle_s = 0.0
 
     @property
     def scheduler(self) -> Any:
@@ -66,7 +59,7 @@ class InProcessEngine:
         return self.scheduler.kv_cache_manager.block_pool
 
     def worker(self) -> Any:
-        from vllm_retrieval_attn.worker import current_worker
+        from vllm_retrieval_attn.plugin.worker import current_worker
 
         return current_worker()
 
@@ -93,10 +86,6 @@ class InProcessEngine:
         """Step until nothing is left, yielding each step's outputs; keeps ``max_blocks`` up to date."""
         while self.engine.has_unfinished_requests():
             outputs = self.engine.step()
-            if self._settle == "steps" or (self._settle == "decode" and outputs):
-                begin = time.perf_counter()
-                self.worker().wait_for_index(_SETTLE_S)
-                self.settle_s += time.perf_counter() - begin
             for request, row in self.held_blocks().items():
                 self.max_blocks[request] = max(self.max_blocks.get(request, 0), *row)
             yield outputs

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_retrieval_attn.attention.merge import merge_partials
+from vllm_retrieval_attn.device.merge import merge_partials
 
 _BLOCK = 1024  # queries that share one mask in a sliding-window layer
 

@@ -6,9 +6,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.store.indexing import IndexQueue
-from vllm_retrieval_attn.store.layout import Layout
-from vllm_retrieval_attn.store.segments import RequestStore
+from vllm_retrieval_attn.store.layout import (
+    SLOT_GENERATION,
+    SLOT_INDEXED,
+    SLOT_SPACE,
+    WORD_GROWTH,
+    Layout,
+)
+from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
 
@@ -26,14 +31,14 @@ class Arena:
 
     Args:
         layout: shapes. rank: tensor-parallel rank, part of the file's name.
-        segment_tokens: unit of indexing. poison: overwrite freed pages with NaN (tests).
+        poison: overwrite freed pages with NaN (tests).
         reserve: called with the highest page number about to be used, before its first use (the
             CUDA worker pins memory there).
 
     Attributes:
-        pages: (pages, layers, kv_heads, 2, page_tokens, dim) tensor over the shared file.
-        queries: (max_rows, heads, dim) tensor over the shared file.
-        index: which segments are indexed.
+        pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file.
+        queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
+        space: which space codes the tokens of requests that are opened from now on.
     """
 
     def __init__(
@@ -41,7 +46,6 @@ class Arena:
         layout: Layout,
         dtype: torch.dtype,
         rank: int,
-        segment_tokens: int,
         poison: bool = False,
         reserve: Callable[[int], None] = lambda page: None,
     ) -> None:
@@ -52,16 +56,17 @@ class Arena:
         self.pages = (
             torch.from_numpy(self.views.pages)
             .view(dtype)
-            .view(lay.pages, lay.layers, lay.kv_heads, 2, lay.page_tokens, lay.dim)
+            .view(lay.pages, lay.layers, lay.kv_heads, lay.page_tokens, 2, lay.dim)
         )
         self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)
+        self.outside = torch.from_numpy(self.views.outside)
         self.reserve = reserve
-        self._segment_tokens = segment_tokens
         self._poison = poison
         self._free = list(range(layout.pages - 1, -1, -1))  # low numbers first: memory is touched late
         self._slots = list(range(layout.max_rows - 1, -1, -1))
+        self._generation = 0
+        self.space = 0
         self.requests: dict[str, RequestStore] = {}
-        self.index = IndexQueue(layout, self.views)
         self.before_release: Callable[[RequestStore], None] | None = None
 
     @property
@@ -78,6 +83,11 @@ class Arena:
         """Tokens written to the arena and still owned by live requests."""
         return sum(store.tokens for store in self.requests.values())
 
+    @property
+    def indexed_tokens(self) -> int:
+        """Host tokens of live requests that are, or are about to be, searched through the index."""
+        return sum(int(self.views.slots[store.slot, SLOT_INDEXED]) for store in self.requests.values())
+
     def open(self, request_id: str, epoch: int) -> RequestStore:
         """The store of an admission; a store of an older epoch is released first."""
         store = self.requests.get(request_id)
@@ -87,7 +97,11 @@ class Arena:
             self.release(request_id, store.epoch)
         if not self._slots:
             raise ArenaFull(f"more than {self.layout.max_rows} requests hold host memory")
-        store = RequestStore(request_id, epoch, self._slots.pop(), self._segment_tokens)
+        self._generation += 1
+        store = RequestStore(request_id, epoch, self._slots.pop(), self._generation)
+        slot = self.views.slots[store.slot]
+        slot[SLOT_INDEXED], slot[SLOT_SPACE] = 0, self.space
+        slot[SLOT_GENERATION] = store.generation
         self.requests[request_id] = store
         return store
 
@@ -103,6 +117,13 @@ class Arena:
             self._free.pop()
             store.pages.append(page)
 
+    def allow_indexing(self, store: RequestStore, tokens: int) -> None:
+        """Let the actors index host tokens ``[0, tokens)``, which must have arrived in the arena."""
+        slot = self.views.slots[store.slot]
+        if tokens > slot[SLOT_INDEXED]:
+            slot[SLOT_INDEXED] = tokens
+            self.views.words[WORD_GROWTH] += 1
+
     def release(self, request_id: str, epoch: int) -> None:
         """Take back what the admission ``epoch`` of a request holds; anything newer stays."""
         store = self.requests.get(request_id)
@@ -111,7 +132,8 @@ class Arena:
         del self.requests[request_id]
         if self.before_release is not None:
             self.before_release(store)
-        self.index.release(store)
+        self.views.slots[store.slot, SLOT_GENERATION] = 0
+        self.views.words[WORD_GROWTH] += 1  # its indexes can go
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)
             for page in store.pages:

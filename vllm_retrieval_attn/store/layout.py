@@ -1,13 +1,16 @@
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
-The file is ``[words | tables | numbers | jobs | queries | partials | statistics | probe | turns | slabs | pages ...]``.
-Sizes depend only on the fields of :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both
-sides compute the same offsets.
+Its parts, in order, are those of :attr:`Layout.parts`, then the pages. Sizes depend only on the fields of
+:class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both sides compute the same offsets. The
+file is sparse: what live requests do not use takes no memory.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
-_LINE = 64  # bytes of a cache line: every polled word has a line of its own
+from vllm_retrieval_attn.sketch.sampling import TILE
+
+LINE = 64  # bytes of a cache line: every polled word has a line of its own
 _ALIGN = 4096
 
 # int32 words, one a cache line
@@ -16,45 +19,45 @@ WORD_SEQ = 0
 WORD_STOP = 1
 """1: actors leave their loops."""
 WORD_CLIENT_PID = 2
-WORD_JOBS = 3
-"""Number of index builds ever queued."""
-WORD_PROBES = 4
+WORD_PROBES = 3
 """Number of decode steps ever handed over for comparison with exact search."""
+WORD_GROWTH = 4
+"""Raised whenever a slot has more to index."""
 FIXED_WORDS = 5
 
-# per lane: done, sleeping, client waits for it; per actor: pid, builds done, slab it writes to (-1: none), probes done
+# per lane: done, sleeping, client waits for it; per actor: pid, probes done
 LANE_DONE, LANE_SLEEPING, LANE_AWAITED = 0, 1, 2
 LANE_WORDS = 3
-ACTOR_PID, ACTOR_JOBS, ACTOR_SLAB, ACTOR_PROBES = 0, 1, 2, 3
-ACTOR_WORDS = 4
+ACTOR_PID, ACTOR_PROBES = 0, 1
+ACTOR_WORDS = 2
+
+# int64 numbers of a page table's owner
+SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE = range(3)
+"""Raised when the table changes hands, 0 while nobody has it; host tokens that may be indexed; the space that codes
+them (sketch/space.py)."""
+SLOT_FIELDS = 3
 
 # int64 numbers of the request message
-MSG_LAYER, MSG_ROWS = 0, 1
-MSG_HEADER = 2
-ROW_TABLE, ROW_TOKENS, ROW_Q, ROW_INDEXED, ROW_BUDGET, ROW_RERANK, ROW_TAIL = range(7)
-"""A row of the message: its page table, its host tokens, its row in the queries; how many leading segments to search by
-their index, and how: millionths of the keys to scan (0: as calibrated), keys to re-rank, whether to estimate the
-tail."""
-ROW_FIELDS = 7
+MSG_LAYER, MSG_ROWS, MSG_PROBE = 0, 1, 2
+"""Which layer, how many rows, and the row whose choice is to be kept for comparison (-1: none)."""
+MSG_HEADER = 3
+ROW_TABLE, ROW_GENERATION, ROW_TOKENS, ROW_INDEXED, ROW_POSITION, ROW_LIMIT, ROW_TAU, ROW_SEED = range(8)
+"""A row of the message: its page table and that table's generation; its host tokens, and how many leading ones are
+searched through the index, the others exactly; its position; how many rows to read, from which weight on always (in
+units of TAU_UNIT), and the request's seed. Row r of the message has row r of the queries."""
+ROW_FIELDS = 8
+TAU_UNIT = 1e-12
 
-# int64 numbers per lane: nanoseconds of the last search, keys scored by code, keys read exactly
-STAT_NS, STAT_CODES, STAT_KEYS = 0, 1, 2
+# int64 numbers per lane: nanoseconds of the last search, keys scored by code, rows read
+STAT_NS, STAT_CODES, STAT_ROWS = 0, 1, 2
 STAT_FIELDS = 3
-
-JOB_GENERATION, JOB_TABLE, JOB_SEGMENT, JOB_SLAB, JOB_KIND = range(5)
-"""An index build: generation of the slab (a build of an older one is dropped), page table, segment number, slab, and
-what to do."""
-JOB_BUILD, JOB_REFRESH = 0, 1
-"""Build the slab; look whether its calibration still fits the queries, and calibrate again where it does not."""
-JOB_FIELDS = 5
-JOBS = 4096
-"""Builds that may wait."""
 
 PROBE_VALID, PROBE_ROW = 0, 1
 """int64 numbers of a probe: 0 once its request ended, then its row of the message."""
-FIDELITY_HEADS, FIDELITY_RECALL, FIDELITY_MASS, FIDELITY_ERROR = range(4)
-"""float64 sums of the last probe over an actor's query heads, for each layer."""
-FIDELITY_FIELDS = 4
+FIDELITY_HEADS, FIDELITY_RECALL, FIDELITY_MASS, FIDELITY_ERROR, FIDELITY_BIAS = range(5)
+"""float64 sums of a probe, for each actor and layer: query heads compared, recall@100, mass of the rows read, output
+error, and signed error of the log-sum-exp."""
+FIDELITY_FIELDS = 5
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -68,15 +71,15 @@ class Layout:
     Attributes:
         layers: layers whose K and V the arena holds.
         heads, kv_heads, dim: query heads, KV heads, head size.
-        itemsize: bytes of a stored element; ``dtype_code``: its type (index/kernels.py).
+        itemsize: bytes of a stored element; ``dtype_code``: its type (index/rows.py).
         page_tokens: tokens of a page, the unit of allocation.
         pages: capacity in pages.
         max_rows: rows of a message, also the number of page tables.
         table_pages: pages that one request may own.
         actors, threads: Ray actors of this rank and search threads in each.
-        segment_tokens: tokens of an indexed segment. slabs: segments that may be indexed, 0 without an index.
-        slab_bytes: of one layer and KV head (index/segment.py).
-        samples: queries kept for each query head, to calibrate with: of the prompt, later of what is generated.
+        most_limit: most rows that a request may ask to read for a KV head.
+        first_head: number of this rank's first KV head in the whole model.
+        indexed: whether there is an index at all.
     """
 
     layers: int
@@ -91,10 +94,9 @@ class Layout:
     table_pages: int
     actors: int
     threads: int
-    segment_tokens: int = 8192
-    slabs: int = 0
-    slab_bytes: int = 0
-    samples: int = 16
+    most_limit: int = 1024
+    first_head: int = 0
+    indexed: bool = False
 
     @property
     def group(self) -> int:
@@ -110,70 +112,19 @@ class Layout:
         return FIXED_WORDS + self.lanes * LANE_WORDS + self.actors * ACTOR_WORDS
 
     @property
-    def tables_offset(self) -> int:
-        return _round_up(self.words * _LINE, _ALIGN)
-
-    @property
-    def table_segments(self) -> int:
-        """Segments that one request may own."""
-        return self.table_pages * self.page_tokens // self.segment_tokens + 1
-
-    @property
-    def slab_tables_offset(self) -> int:
-        return _round_up(self.tables_offset + self.max_rows * self.table_pages * 8, _ALIGN)
-
-    @property
-    def numbers_offset(self) -> int:
-        return _round_up(self.slab_tables_offset + self.max_rows * self.table_segments * 8, _ALIGN)
-
-    @property
-    def numbers(self) -> int:
-        return MSG_HEADER + self.max_rows * ROW_FIELDS + self.lanes * STAT_FIELDS
-
-    @property
-    def jobs_offset(self) -> int:
-        """Queued builds, then for each slab its generation and, for each actor, the generation last built."""
-        return _round_up(self.numbers_offset + self.numbers * 8, _ALIGN)
-
-    @property
-    def queries_offset(self) -> int:
-        numbers = (JOBS * JOB_FIELDS if self.slabs else 0) + self.slabs * (1 + self.actors)
-        return _round_up(self.jobs_offset + numbers * 8, _ALIGN)
-
-    @property
-    def partials_offset(self) -> int:
-        return _round_up(self.queries_offset + self.max_rows * self.heads * self.dim * self.itemsize, _ALIGN)
-
-    @property
     def actor_heads(self) -> int:
         """Most KV heads of one actor: head ``h`` belongs to actor ``h % actors``."""
         return -(-self.kv_heads // self.actors)
 
     @property
-    def actor_partials(self) -> int:
-        """Slots for partial results of one actor: a unit cut by lanes has one for each lane."""
-        return self.max_rows * self.actor_heads + self.threads
-
-    @property
     def partial_floats(self) -> int:
-        """float32 of a slot: ``group`` outputs, then ``group`` log-sum-exps."""
+        """float32 of a partial result: ``group`` outputs, then ``group`` log-sum-exps."""
         return self.group * (self.dim + 1)
 
     @property
-    def head_statistics(self) -> int:
-        """float32 of a KV head's query statistics: second moment, sampled queries, their log-sum-exps."""
-        return self.dim * self.dim + self.group * self.samples * (self.dim + 1)
-
-    @property
-    def statistics_offset(self) -> int:
-        partials = self.actors * self.actor_partials * self.partial_floats * 4
-        return _round_up(self.partials_offset + partials, _ALIGN)
-
-    @property
-    def probe_offset(self) -> int:
-        """A decode row to compare with exact search: its numbers, what it found in each layer, and the result."""
-        rows = self.max_rows if self.slabs else 0
-        return _round_up(self.statistics_offset + rows * self.layers * self.kv_heads * self.head_statistics * 4, _ALIGN)
+    def space_floats(self) -> int:
+        """float32 of one KV head's learned space: mean, keys' and queries' transform."""
+        return self.dim * (1 + 2 * self.dim)
 
     @property
     def probe_floats(self) -> int:
@@ -181,43 +132,62 @@ class Layout:
         return 3 * self.dim + 2
 
     @property
-    def probe_bytes(self) -> int:
-        """Bytes of numbers, results and floats, in that order."""
-        numbers = PROBE_ROW + ROW_FIELDS + self.actors * self.layers * FIDELITY_FIELDS
-        return numbers * 8 + self.layers * self.heads * self.probe_floats * 4 if self.slabs else 0
+    def most_chosen(self) -> int:
+        """Most rows ever chosen for a KV head: those asked for, and one a tile (sketch/sampling.py)."""
+        return self.most_limit + -(-self.table_pages * self.page_tokens // TILE)
 
     @property
-    def turn_bytes(self) -> int:
-        """Bytes of one head's query transform, (d, d) bfloat16."""
-        return self.dim * self.dim * 2
+    def probe_numbers(self) -> int:
+        return PROBE_ROW + ROW_FIELDS
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Offset and bytes of every part before the pages, in order."""
+        sizes = {
+            "words": self.words * LINE,
+            "tables": self.max_rows * self.table_pages * 8,
+            "slots": self.max_rows * SLOT_FIELDS * 8,
+            "numbers": (MSG_HEADER + self.max_rows * ROW_FIELDS + self.lanes * STAT_FIELDS) * 8,
+            "queries": self.max_rows * self.heads * self.dim * self.itemsize,
+            "outside": self.max_rows * self.heads * 4,
+            "read": self.max_rows * self.kv_heads * 4,
+            "partials": self.max_rows * self.kv_heads * self.partial_floats * 4,
+            "spaces": self.layers * self.kv_heads * self.space_floats * 4 if self.indexed else 0,
+            "chosen": self.layers * self.kv_heads * (1 + self.most_chosen) * 4,
+            "probe": self.probe_numbers * 8
+            + self.actors * self.layers * FIDELITY_FIELDS * 8
+            + self.layers * self.heads * self.probe_floats * 4,
+        }
+        found, offset = {}, 0
+        for name, size in sizes.items():
+            found[name] = (offset, size)
+            offset += _round_up(size, _ALIGN)
+        return found
 
     @property
-    def turns_offset(self) -> int:
-        return _round_up(self.probe_offset + self.probe_bytes, _ALIGN)
-
-    @property
-    def slabs_offset(self) -> int:
-        rows = self.max_rows if self.slabs else 0
-        return _round_up(self.turns_offset + rows * self.layers * self.kv_heads * self.turn_bytes, _ALIGN)
+    def pinned_bytes(self) -> int:
+        """Bytes from the file's start that the GPU reads and writes."""
+        return self.parts["spaces"][0]
 
     @property
     def pages_offset(self) -> int:
-        return _round_up(self.slabs_offset + self.slabs * self.segment_slab_bytes, 2 << 20)
+        offset, size = self.parts["probe"]
+        return _round_up(offset + size, 2 << 20)
 
     @property
-    def segment_slab_bytes(self) -> int:
-        """Bytes of a segment's index, all layers and KV heads."""
-        return self.layers * self.kv_heads * self.slab_bytes
+    def row_elements(self) -> int:
+        """Elements of a row: a key and its value, side by side."""
+        return 2 * self.dim
 
     @property
     def head_elements(self) -> int:
-        """Elements of K (or V) of one KV head in one page."""
-        return self.page_tokens * self.dim
+        """Elements of one KV head in one page."""
+        return self.page_tokens * self.row_elements
 
     @property
     def page_layer_bytes(self) -> int:
-        """Bytes of one layer in one page: (kv_heads, 2, page_tokens, dim)."""
-        return self.kv_heads * 2 * self.head_elements * self.itemsize
+        """Bytes of one layer in one page: (kv_heads, page_tokens, 2, dim)."""
+        return self.kv_heads * self.head_elements * self.itemsize
 
     @property
     def page_bytes(self) -> int:

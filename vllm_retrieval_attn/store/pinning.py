@@ -37,7 +37,7 @@ class Pinner:
         self._registered: list[int] = []
         self._change = threading.Condition()
         self._closing = False
-        self._register(0, layout.statistics_offset)  # the GPU reads and writes nothing of the index
+        self._register(0, layout.pinned_bytes)  # the GPU reads and writes nothing of the index
         self._thread = threading.Thread(target=self._run, name="retrieval-pin", daemon=True)
         self._thread.start()
         self.reserve(0)

@@ -1,4 +1,4 @@
-"""The vLLM worker's side of the ring: post the rows of a layer, wait, merge the partial results."""
+"""The vLLM worker's side of the ring: post the rows of a layer, wait, take the results."""
 
 import time
 from collections.abc import Callable
@@ -9,16 +9,17 @@ import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
+    MSG_PROBE,
     MSG_ROWS,
     STAT_CODES,
-    STAT_KEYS,
     STAT_NS,
+    STAT_ROWS,
     WORD_SEQ,
     WORD_STOP,
     Layout,
 )
 from vllm_retrieval_attn.store.views import Views
-from vllm_retrieval_attn.workers.shares import gather_partials
+from vllm_retrieval_attn.workers.message import FAILED
 from vllm_retrieval_attn.workers.signals import await_lanes, raise_seq
 
 _SLICE_NS = 100_000_000
@@ -47,25 +48,27 @@ class RingClient:
         self._seq = int(views.words[WORD_SEQ])
         self._address = views.words.ctypes.data
 
-    def post(self, layer: int, rows: npt.NDArray[np.int64]) -> None:
-        """Send a layer's rows; their queries must already lie in ``views.queries``.
+    def post(self, layer: int, rows: npt.NDArray[np.int64], probe: int = -1) -> None:
+        """Send a layer's rows; ``views.queries`` and ``views.outside`` must already hold theirs, in the same order.
 
         Args:
             layer: index of the layer within the arena.
-            rows: (n, ROW_FIELDS) int64, see store/layout.py.
+            rows: (n, ROW_FIELDS) int64, see store/layout.py. probe: number of the row whose choice is to be kept.
         """
         views = self._views
-        views.header[MSG_LAYER] = layer
-        views.header[MSG_ROWS] = len(rows)
+        views.header[MSG_LAYER], views.header[MSG_ROWS], views.header[MSG_PROBE] = layer, len(rows), probe
         views.rows[: len(rows)] = rows
         self._seq = self._seq % 0x3FFFFFFF + 1
         raise_seq(views.words, self._address, self._layout.lanes, self._seq)
 
-    def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> None:
-        """Wait for the answer to the last :meth:`post` and merge it.
+    def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """Wait for the answer to the last :meth:`post`.
 
         Args:
             out: (rows, heads, dim) float32, written. lse: (rows, heads) float32, natural log, written.
+
+        Returns:
+            Rows whose search failed; what is written for them means nothing.
 
         Raises:
             WorkersUnavailable: from ``revive``.
@@ -74,19 +77,21 @@ class RingClient:
         since = time.monotonic()
         while await_lanes(views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
             since = self._revive(since)
-        gather_partials(
-            lay.actors, lay.threads, lay.kv_heads, lay.group, lay.dim, lay.segment_tokens,
-            int(views.header[MSG_ROWS]), views.rows, views.partials, out, lse,
-        )  # fmt: skip
+        rows = len(out)
+        partials = views.partials[:rows]
+        out[:] = partials[..., : lay.group * lay.dim].reshape(rows, lay.heads, lay.dim)
+        lse[:] = partials[..., lay.group * lay.dim :].reshape(rows, lay.heads)
+        failed: npt.NDArray[np.int64] = np.flatnonzero((lse == FAILED).any(1))
+        return failed
 
     def abandon(self) -> None:
         """Forget the last message, so that lanes that come back later do not serve it."""
         self._views.header[MSG_ROWS] = 0
 
-    def search_stats(self) -> tuple[float, int]:
-        """Seconds of the slowest lane and keys scored (by code or exactly), of the last message."""
+    def search_stats(self) -> tuple[float, int, int]:
+        """Seconds of the slowest lane, keys scored by code, and rows read, of the last message."""
         stats: Any = self._views.stats
-        return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_CODES : STAT_KEYS + 1].sum())
+        return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_CODES].sum()), int(stats[:, STAT_ROWS].sum())
 
     def stop(self) -> None:
         """Tell every lane to leave its loop."""

@@ -7,10 +7,11 @@ import threading
 import time
 from typing import Any
 
-from vllm_retrieval_attn.config import ResolvedConfig
+from vllm_retrieval_attn.core.config import ResolvedConfig
 from vllm_retrieval_attn.store.layout import LANE_DONE, WORD_CLIENT_PID, WORD_SEQ, WORD_STOP, Layout
 from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.actor import ActorSetup
 from vllm_retrieval_attn.workers.client import WorkersUnavailable
 
 logger = logging.getLogger("vllm.retrieval")
@@ -65,7 +66,8 @@ class ActorPool:
     """
 
     def __init__(self, config: ResolvedConfig, layout: Layout, views: Views, path: str, scale: float) -> None:
-        self._config, self._layout, self._views, self._path, self._scale = config, layout, views, path, scale
+        self._config, self._layout, self._views = config, layout, views
+        self._setup = ActorSetup(path, layout, scale, config.candidates, config.spin_ns, config.cpus)
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._down_since: float | None = None
@@ -104,17 +106,7 @@ class ActorPool:
         handle: Any = (
             ray.remote(SearchActor)
             .options(num_cpus=0, scheduling_strategy=here, max_restarts=0)
-            .remote(
-                self._path,
-                self._layout,
-                actor,
-                self._scale,
-                self._config.spin_ns,
-                self._config.cpus,
-                self._config.index,
-                self._config.budget or 0.0,
-                self._born[actor][0] != 0,
-            )
+            .remote(self._setup, actor)
         )
         self._actors[actor] = handle
         self._pending[actor] = handle.pid.remote()

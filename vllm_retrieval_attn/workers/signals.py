@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_retrieval_attn.index.kernels import jit
+from vllm_retrieval_attn.index.rows import jit
 from vllm_retrieval_attn.store.layout import (
     FIXED_WORDS,
     LANE_AWAITED,

@@ -1,0 +1,118 @@
+"""The rule that the product chooses rows by (sketch/sampling.py), on one captured KV head.
+
+Over all codes, or as the CPU workers do it, among what Faiss finds.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_retrieval_attn.bench.capture_file import Head
+from vllm_retrieval_attn.core.ownership import INDEX_BLOCK, INDEX_LEAST
+from vllm_retrieval_attn.index.choosing import choice_scratch, choose
+from vllm_retrieval_attn.index.head import HeadIndex, found_for
+from vllm_retrieval_attn.sketch.codes import encode, score
+from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_of
+from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
+from vllm_retrieval_attn.sketch.space import Floats, Space, balanced_for, rotated
+
+LEARNED_FROM = 4096
+"""Keys at the start of a capture that its space is learned from, as in the engine; their queries are not captured, so
+those of the prompt's end stand in."""
+
+
+def space_of(head: Head, learned: bool = True) -> Space:
+    """The space of a captured head, without the first axis."""
+    keys = head.K[head.sink : head.bound]
+    if not learned:
+        return rotated(1, keys.shape[1]).one(0)
+    return balanced_for(keys[:LEARNED_FROM], head.Qprompt.reshape(-1, keys.shape[1])).one(0)
+
+
+class Rule(ABC):
+    """Chooses rows of one KV head.
+
+    Args:
+        head: the capture. space: see :func:`space_of`.
+    """
+
+    via: ClassVar[str]
+
+    def __init__(self, head: Head, space: Space) -> None:
+        self._space = space
+        self.scale = np.float32(head.scale)
+        self.keys: npt.NDArray[Any] = head.K[head.sink : head.bound]
+
+    @property
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Bytes of codes."""
+
+    @abstractmethod
+    def choose(self, queries: Floats, outside: Floats, limits: Limits, position: int) -> tuple[Rows, Floats]:
+        """Rows to read and log pi of each, (r,).
+
+        Args:
+            queries: (g, d). outside: (g,) LSE over sinks and window. position: hashed into the draw.
+        """
+
+
+class SketchRule(Rule):
+    """Estimates from the 4-bit codes of all keys (sketch/codes.py)."""
+
+    via = "sketch"
+
+    def __init__(self, head: Head, space: Space) -> None:
+        super().__init__(head, space)
+        self._codes, self._steps = encode(self.keys, space)
+
+    @property
+    def index_bytes(self) -> int:
+        return self._codes.nbytes + self._steps.nbytes
+
+    def choose(self, queries: Floats, outside: Floats, limits: Limits, position: int) -> tuple[Rows, Floats]:
+        scores = score(queries, self._codes, self._steps, self._space, float(self.scale))
+        return choose_plainly(weights_of(scores, outside), limits, seed_of(0, position, 0, 0))
+
+
+class FaissRule(Rule):
+    """As served on the CPU: the best candidates of every shard, the rest as one class; a remainder is read exactly."""
+
+    via = "faiss"
+
+    def __init__(self, head: Head, space: Space, candidates: int) -> None:
+        super().__init__(head, space)
+        n = len(self.keys)
+        self._covered = n // INDEX_BLOCK * INDEX_BLOCK if n >= INDEX_LEAST else 0
+        self._candidates = candidates
+        self._index = HeadIndex(space)
+        group = head.q.shape[0]
+        if self._covered:
+            self._index.append(self.keys[: self._covered])
+            shards = self._index.shards
+            k = max(self._index.wanted(number, candidates) for number in range(len(shards)))
+            self._found = found_for(len(shards), group, k)
+            self._work = choice_scratch(self._covered, len(shards), k, n)
+
+    @property
+    def index_bytes(self) -> int:
+        return self._index.nbytes
+
+    def choose(self, queries: Floats, outside: Floats, limits: Limits, position: int) -> tuple[Rows, Floats]:
+        tail = np.arange(self._covered, len(self.keys))
+        if not self._covered:
+            return tail, np.zeros(len(tail), np.float32)
+        shards = len(self._index.shards)
+        turned, shift = self._index.turn(queries)
+        for number in range(shards):
+            self._index.search(number, turned, shift, self._candidates, self._found)
+        seed = np.uint64(seed_of(0, position, 0, 0))
+        count = choose(
+            self._found, shards, self.scale, np.asarray(outside, np.float32), limits.rows, limits.tau, seed, self._work
+        )
+        work = self._work
+        return np.concatenate((work.ids[:count], tail)), np.concatenate(
+            (work.log_pi[:count], np.zeros_like(tail, np.float32))
+        )

@@ -1,0 +1,133 @@
+"""Triton kernels of the CUDA layer: mirror K and V to the host, merge partial results in place."""
+
+from typing import Any
+
+import torch
+from vllm.triton_utils import tl, triton
+
+
+@triton.jit
+def _mirror_kernel(  # type: ignore[no-untyped-def]  # Triton compiles the signature
+    cache,
+    slots,
+    tokens,
+    targets,
+    arena_address,
+    layer_offset,
+    block_size,
+    stride_block,
+    stride_head,
+    stride_token,
+    head_elements,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """One program copies K and V of one (token, KV head) from the paged cache to pinned host memory."""
+    item = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + tl.load(tokens + item))
+    source = (slot // block_size) * stride_block + head * stride_head + (slot % block_size) * stride_token
+    # An address below 4 GB arrives as a 32-bit integer.
+    arena = arena_address.to(tl.int64).to(tl.pointer_type(cache.dtype.element_ty))
+    target = tl.load(targets + item) + layer_offset + head * head_elements
+    column = tl.arange(0, PADDED)
+    inside = column < DIM
+    tl.store(arena + target + column, tl.load(cache + source + column, mask=inside), mask=inside)
+    values = tl.load(cache + source + DIM + column, mask=inside)
+    tl.store(arena + target + DIM + column, values, mask=inside)
+
+
+def mirror(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    arena_address: int,
+    layer_offset: int,
+    head_elements: int,
+) -> None:
+    """Copy K and V of batch tokens from the paged cache to the arena, on the current stream.
+
+    Args:
+        cache: (blocks, kv_heads, block, 2 * d), any strides with a dense last axis.
+        slots: (T,) int64 slot of each batch token. tokens: (M,) int64 batch tokens to copy.
+        targets: (M,) int64 arena element of each token's row (K, then V) in layer 0, head 0.
+        arena_address: host address of the first page, pinned. layer_offset: elements to the layer.
+        head_elements: elements of one head in one page.
+    """
+    _, kv_heads, block, width = cache.shape
+    dim = width // 2
+    _mirror_kernel[(len(tokens), kv_heads)](
+        cache, slots, tokens, targets, arena_address, layer_offset, block, cache.stride(0), cache.stride(1),
+        cache.stride(2), head_elements, DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(  # type: ignore[no-untyped-def]  # Triton compiles the signature
+    out,
+    lse,
+    more,
+    more_lse,
+    rows,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_row,
+    stride_lse_head,
+    stride_more_row,
+    stride_more_head,
+    stride_more_lse_row,
+    stride_more_lse_head,
+    HAS_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = item
+    if HAS_ROWS:
+        row = tl.load(rows + item)
+    a = tl.load(lse + row * stride_lse_row + head * stride_lse_head)
+    b = tl.load(more_lse + item * stride_more_lse_row + head * stride_more_lse_head)
+    # FlashAttention reports +inf for a row without keys; both mean an empty set here.
+    a = tl.where(a == float("inf"), float("-inf"), a)
+    b = tl.where(b == float("inf"), float("-inf"), b)
+    top = tl.maximum(a, b)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    wa = tl.exp(a - top)
+    wb = tl.exp(b - top)
+    both = wa + wb
+    scale = tl.where(both > 0, both, 1.0)
+    column = tl.arange(0, PADDED)
+    inside = column < DIM
+    place = out + row * stride_out_row + head * stride_out_head + column
+    x = tl.load(place, mask=inside).to(tl.float32)
+    y = tl.load(more + item * stride_more_row + head * stride_more_head + column, mask=inside).to(tl.float32)
+    x = tl.where(wa > 0, x, 0.0)
+    y = tl.where(wb > 0, y, 0.0)
+    tl.store(place, ((x * wa + y * wb) / scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + row * stride_lse_row + head * stride_lse_head, top + tl.log(both))
+
+
+def merge_in_place(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    more: torch.Tensor,
+    more_lse: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Merge ``more`` into ``out`` by log-sum-exp (device/merge.py is the reference).
+
+    Args:
+        out: (R, heads, d), updated. lse: (heads, R) float32, updated.
+        more: (M, heads, d). more_lse: (heads, M) float32.
+        rows: (M,) int64 rows of ``out`` that ``more`` belongs to; None: M == R, in order.
+    """
+    dim = out.shape[-1]
+    arguments: list[Any] = [
+        out, lse, more, more_lse, rows if rows is not None else lse, out.stride(0), out.stride(1), lse.stride(1),
+        lse.stride(0), more.stride(0), more.stride(1), more_lse.stride(1), more_lse.stride(0),
+    ]  # fmt: skip
+    _merge_kernel[(more.shape[0], out.shape[1])](
+        *arguments, HAS_ROWS=rows is not None, DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1
+    )

@@ -1,0 +1,131 @@
+"""The host work of a step: what to mirror, which rows to search, which prefill rows to stream."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_retrieval_attn.core.options import SearchOptions
+from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.store.layout import ROW_FIELDS, TAU_UNIT
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
+    from vllm_retrieval_attn.store.arena import Arena
+    from vllm_retrieval_attn.store.requests import RequestStore
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _none() -> Ints:
+    return np.empty(0, np.int64)
+
+
+@dataclass
+class PrefillRow:
+    """A row of several queries that also attends to host tokens ``[0, host_tokens)`` of its store."""
+
+    row: int
+    first: int
+    last: int
+    store: "RequestStore"
+    host_tokens: int
+
+
+@dataclass
+class StepPlan:
+    """Host work of one batch, shared by all its retrieval layers.
+
+    Attributes:
+        mirror_tokens, mirror_pages, mirror_offsets: batch tokens to copy to the arena and where to.
+        decode_tokens: (D,) batch tokens of rows with one query that attend to the host.
+        decode_rows: (D, ROW_FIELDS) int64, their message (see store/layout.py).
+        decode_ids: their requests.
+        prefill: rows to stream back from the arena.
+        longest: first and last token of the row with most queries; what a space may be learned from.
+        growth: host tokens of each request that may be indexed once what was written before this step has arrived.
+        rows_read: (D,) int64, summed over layers and KV heads. searches: how many of those were summed.
+        failed: requests of this step whose search failed; the workers are gone if those are all.
+        probe: row of the message to compare with exact attention, -1: none.
+        device: the CUDA layer's copy of the index arrays; None on CPU.
+    """
+
+    mirror_tokens: Ints = field(default_factory=_none)
+    mirror_pages: Ints = field(default_factory=_none)
+    mirror_offsets: Ints = field(default_factory=_none)
+    decode_tokens: Ints = field(default_factory=_none)
+    decode_rows: Ints = field(default_factory=_none)
+    decode_ids: list[str] = field(default_factory=list)
+    prefill: list[PrefillRow] = field(default_factory=list)
+    longest: tuple[int, int] = (0, 0)
+    growth: list[tuple["RequestStore", int]] = field(default_factory=list)
+    rows_read: Ints = field(default_factory=_none)
+    searches: int = 0
+    failed: set[str] = field(default_factory=set)
+    probe: int = -1
+    device: Any = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether workers have something to do in this step."""
+        return len(self.decode_ids) > len(self.failed)
+
+
+def make_plan(
+    metadata: "RetrievalMetadata",
+    arena: "Arena",
+    epochs: dict[str, int],
+    split: Split,
+    options: Callable[[str], SearchOptions] = lambda request_id: SearchOptions(),
+) -> StepPlan:
+    """Resolve a batch against the arena: give pages to new tokens and find what lies on the host.
+
+    Args:
+        epochs: admission epoch of each request that may need the host; rows of others stay in pages.
+        split: where tokens are divided. options: how to search for a request.
+    """
+    mirrored: list[tuple[Ints, Ints, Ints]] = []
+    decode_tokens: list[int] = []
+    decode_rows: list[tuple[int, ...]] = []
+    plan = StepPlan()
+    sinks, indexed = split.sink_end, arena.layout.indexed
+    assert metadata.request_ids is not None
+    for row, request_id in enumerate(metadata.request_ids):
+        epoch = epochs.get(request_id)
+        length = int(metadata.query_lens[row])
+        if length - 1 > plan.longest[1] - plan.longest[0]:
+            plan.longest = int(metadata.query_start[row]), int(metadata.query_start[row]) + length
+        if epoch is None or length == 0:
+            continue
+        start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
+        store = arena.open(request_id, epoch)
+        old, new = max(0, computed - sinks), max(0, computed + length - sinks)
+        if new > old:
+            arena.grow(store, new)
+            where = arena.token_positions(store, old, new)
+            mirrored.append((np.arange(start + length - (new - old), start + length), *where))
+            store.written(new)
+        host_tokens = int(metadata.windows[row]) - sinks
+        if host_tokens <= 0:
+            continue
+        covered = split.indexed_tokens(computed) if indexed else 0
+        plan.growth.append((store, covered))
+        if length == 1:
+            how = options(request_id)
+            searched = 0 if how.exact or covered <= how.rows else covered
+            tau = max(1, round(how.tau / TAU_UNIT))
+            numbers = (store.slot, store.generation, host_tokens, searched, computed, how.rows, tau, how.seed)
+            decode_rows.append(numbers)
+            decode_tokens.append(start)
+            plan.decode_ids.append(request_id)
+        else:
+            plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
+    if mirrored:
+        plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets = (
+            np.concatenate(parts) for parts in zip(*mirrored, strict=True)
+        )
+    plan.decode_tokens = np.array(decode_tokens, np.int64)
+    plan.rows_read = np.zeros(len(decode_tokens), np.int64)
+    plan.decode_rows = np.array(decode_rows, np.int64).reshape(-1, ROW_FIELDS)
+    return plan

@@ -1,0 +1,223 @@
+"""Choosing rows from Faiss's candidates: sketch/sampling.py's rule in Numba, where most keys have one weight.
+
+Of each shard (index/shard.py) the best candidates of every query head have an estimated score; a key that is missing
+among a head's candidates scores below the last of them, and is taken to weigh REST of what that one does. So all keys
+that are no candidate of any head weigh the same, and tiles of nothing else cost next to nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_retrieval_attn.index.rows import exp_in_place, jit
+from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE
+
+REST = np.float32(0.3)
+"""Weight of a key that is no candidate, as a share of the last candidate's: the smallest error on captures, flat
+between 0.2 and 0.5 (docs/index.md)."""
+BINS = 1 << (32 - BIN_SHIFT)
+
+
+class Found(NamedTuple):
+    """Candidates of one (row, KV head), shard after shard.
+
+    Attributes:
+        scores: (shards, g, k) float32 inner products by code, descending. ids: (shards, g, k) int64 within the shard.
+        shifts: (shards, g) float32, what is to be added to the scores.
+        counts: (shards,) int64 candidates of each head in use. firsts, sizes: (shards,) int64 first key and keys.
+    """
+
+    scores: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int64]
+    shifts: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+    firsts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
+class ChoiceScratch(NamedTuple):
+    """Memory of one thread for as many keys as it will meet.
+
+    Attributes:
+        extra: (keys,) float32, what a candidate weighs beyond the keys that are none; zeros between uses.
+        counts, sums: (BINS,) int64 and float64. exp_bits, exp_scale: (k,) int32 and its float32 view.
+        rest: (shards,) float32. ids, log_pi: (chosen,) int64 and float32, the result.
+    """
+
+    extra: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+    exp_bits: npt.NDArray[np.int32]
+    exp_scale: npt.NDArray[np.float32]
+    rest: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int64]
+    log_pi: npt.NDArray[np.float32]
+
+
+def choice_scratch(keys: int, shards: int, k: int, most: int) -> ChoiceScratch:
+    """Memory for ``keys`` keys in ``shards`` shards, ``k`` candidates a head and shard, ``most`` rows chosen."""
+    exp_bits = np.zeros(k, np.int32)
+    return ChoiceScratch(
+        np.zeros(keys, np.float32), np.zeros(BINS, np.int64), np.zeros(BINS), exp_bits, exp_bits.view(np.float32),
+        np.zeros(shards, np.float32), np.zeros(most, np.int64), np.zeros(most, np.float32),
+    )  # fmt: skip
+
+
+@jit
+def mixed(state: Any, value: Any) -> Any:
+    """As sketch/sampling.py's."""
+    z = (state ^ np.uint64(value)) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@jit
+def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> None:
+    """Turn scores into weights: ``work.extra`` at the candidates, ``work.rest`` for the others of each shard.
+
+    Args:
+        found: Found; its scores are overwritten. scale: softmax scale.
+        outside: (g,) natural log-sum-exp over the keys that are read anyway.
+    """
+    g = found.scores.shape[1]
+    for s in range(shards):
+        work.rest[s] = 0.0
+    for i in range(g):
+        top = outside[i]
+        for s in range(shards):
+            if found.counts[s] > 0:
+                top = max(top, (found.scores[s, i, 0] + found.shifts[s, i]) * scale)
+        total = np.exp(outside[i] - top)
+        for s in range(shards):
+            count, shift = found.counts[s], found.shifts[s, i]
+            scores = found.scores[s, i]
+            for c in range(count):
+                scores[c] = (scores[c] + shift) * scale - top
+            exp_in_place(scores, count, work.exp_bits, work.exp_scale)
+            part = np.float32(0.0)
+            for c in range(count):
+                part += scores[c]
+            total += part
+            left = found.sizes[s] - count
+            if left > 0:
+                total += scores[count - 1] * REST * left
+        for s in range(shards):
+            count, first = found.counts[s], found.firsts[s]
+            scores, ids = found.scores[s, i], found.ids[s, i]
+            floor = np.float32(0.0)
+            if found.sizes[s] > count:
+                floor = scores[count - 1] * REST / total
+            for c in range(count):
+                work.extra[first + ids[c]] += scores[c] / total - floor
+            work.rest[s] += floor
+
+
+@jit
+def raised_tau(found: Any, shards: int, rows: int, tau: float, work: Any) -> float:
+    """As sketch/sampling.py's, over all keys of all shards."""
+    counts, sums = work.counts, work.sums
+    for b in range(BINS):
+        counts[b] = 0
+        sums[b] = 0.0
+    one = np.empty(1, np.float32)
+    bits = one.view(np.uint32)
+    below = 0.0
+    for s in range(shards):
+        first, size, floor = found.firsts[s], found.sizes[s], work.rest[s]
+        candidates = 0
+        extra = work.extra[first : first + size]
+        for t in range(size):
+            if extra[t] != 0.0:
+                one[0] = extra[t] + floor
+                b = bits[0] >> np.uint32(BIN_SHIFT)
+                counts[b] += 1
+                sums[b] += one[0]
+                candidates += 1
+        one[0] = floor
+        b = bits[0] >> np.uint32(BIN_SHIFT)
+        counts[b] += size - candidates
+        sums[b] += np.float64(floor) * (size - candidates)
+    for b in range(BINS):
+        below += sums[b]
+    one[0] = np.float32(tau)
+    last = np.int64(bits[0] >> np.uint32(BIN_SHIFT))
+    above = 0
+    upper = np.inf
+    for b in range(BINS - 1, last - 1, -1):
+        if counts[b] == 0 and b > last:
+            continue
+        bits[0] = np.uint32(b) << np.uint32(BIN_SHIFT)
+        lower = max(tau, np.float64(one[0]))
+        if above + counts[b] + (below - sums[b]) / lower > rows:
+            return max(below / (rows - above), lower) if above < rows else upper
+        above += counts[b]
+        below -= sums[b]
+        upper = lower
+    return tau
+
+
+@jit
+def _chance(weight: Any, tau: Any) -> Any:
+    scaled = np.ceil(min(weight / tau, np.float32(1.0)) * np.float32(ONE))
+    return max(np.int64(scaled), np.int64(1))
+
+
+@jit
+def draw(found: Any, shards: int, tau: float, seed: Any, work: Any) -> int:
+    """Rows chosen, into ``work.ids`` and ``work.log_pi``; returns how many, -1 if those can not hold them. Clears
+    ``work.extra``.
+
+    Tiles are numbered over all keys, so shards must hold whole tiles, but for the last.
+    """
+    n = 0
+    low = np.float32(tau)
+    most = len(work.ids)
+    log_one = np.float32(BITS * np.log(2.0))
+    for s in range(shards):
+        first, size = found.firsts[s], found.sizes[s]
+        rest = _chance(work.rest[s], low)
+        log_rest = np.float32(np.log(np.float64(rest))) - log_one
+        for start in range(first, first + size, TILE):
+            m = min(TILE, first + size - start)
+            extra = work.extra[start : start + m]
+            offset = np.int64(mixed(seed, start // TILE) >> np.uint64(64 - BITS))
+            best = np.float32(0.0)
+            for t in range(m):
+                best = max(best, abs(extra[t]))
+            if best == 0.0:
+                mark = ONE - offset
+                t = (mark + rest - 1) // rest - 1
+                while t < m:
+                    if n == most:
+                        work.extra[:] = 0.0
+                        return -1
+                    work.ids[n], work.log_pi[n] = start + t, log_rest
+                    n += 1
+                    mark += ONE
+                    t = (mark + rest - 1) // rest - 1
+                continue
+            place = offset
+            for t in range(m):
+                chance = rest
+                if extra[t] != 0.0:
+                    chance = _chance(extra[t] + work.rest[s], low)
+                    extra[t] = 0.0
+                after = place + chance
+                if after >> BITS != place >> BITS:
+                    if n == most:
+                        work.extra[:] = 0.0
+                        return -1
+                    work.ids[n] = start + t
+                    work.log_pi[n] = np.float32(np.log(np.float64(chance))) - log_one
+                    n += 1
+                place = after
+    return n
+
+
+@jit
+def choose(found: Any, shards: int, scale: float, outside: Any, rows: int, tau: float, seed: Any, work: Any) -> int:
+    """Rows to read of one (row, KV head): see :func:`weigh`, :func:`raised_tau`, :func:`draw`."""
+    weigh(found, shards, scale, outside, work)
+    return draw(found, shards, raised_tau(found, shards, rows, tau, work), seed, work)

@@ -1,0 +1,319 @@
+"""Every touch of vLLM that is not a public hook. Written for vLLM 0.32 and 0.33.
+
+Each patch names its reason and what would remove it. They are installed once per process by
+:func:`install`, those of the model runner by :func:`patch_runner` in a worker that serves with our
+backend, and do nothing unless the backend is selected.
+"""
+
+import contextlib
+import copyreg
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_retrieval_attn.core.config import ResolvedConfig
+
+NAME = "RETRIEVAL"
+BACKEND_PATH = "vllm_retrieval_attn.plugin.backend.RetrievalBackend"
+CONNECTOR = "RetrievalConnector"
+CONNECTOR_MODULE = "vllm_retrieval_attn.plugin.connector"
+
+END_GRACE_S = 15.0
+"""Seconds to end for an engine that vLLM would kill at once, and for the memory of a killed one to be given back."""
+
+_MARK = "_retrieval_wrapped"
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, once."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    replacement = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)
+
+
+def _restore_backend(name: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    _register_name()
+    return AttentionBackendEnum[name]
+
+
+def _register_name() -> None:
+    """The backend's name. Its class is imported only when a layer asks for it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND_PATH)
+    # Enum members pickle by value, and a spawned EngineCore unpickles its config before plugins load:
+    # "... is not a valid AttentionBackendEnum". Restoring by name registers first.
+    # Remove when vLLM pickles AttentionBackendEnum by name, or loads plugins before unpickling.
+    copyreg.pickle(AttentionBackendEnum, lambda member: (_restore_backend, (member.name,)))
+
+
+def _register_spec() -> None:
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_retrieval_attn.plugin.manager import RetrievalManager
+    from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+
+    # The registry fills itself only while it is empty; ours first would hide vLLM's own specs.
+    # Remove when _ensure_registered tells "empty" from "built-ins missing".
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(RetrievalSpec, RetrievalManager, uniform_type_base_spec=RetrievalSpec)
+
+
+def _patch_cpu_selection() -> None:
+    """CpuPlatform ignores a selected backend that is not its own.
+
+    Remove when CpuPlatform.get_attn_backend_cls returns the path of a registered custom backend.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    original: Any = CpuPlatform.__dict__["get_attn_backend_cls"].__func__
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        if selected_backend is AttentionBackendEnum[NAME]:
+            return selected_backend.get_path()
+        return original(cls, selected_backend, *args, **kwargs)
+
+    setattr(get_attn_backend_cls, _MARK, True)
+    setattr(CpuPlatform, "get_attn_backend_cls", classmethod(get_attn_backend_cls))  # noqa: B010  # mypy refuses the assignment
+
+
+def _patch_kernel_scan() -> None:
+    """vLLM's CPU start reads ``__dict__`` of everything in every module, and llvmlite answers with a C symbol.
+
+    llvmlite's library wrapper looks any unknown name up in its shared library, finds one for ``__dict__``, and the
+    scan ends with "'_lib_fn_wrapper' object has no attribute 'get'" once Numba is loaded in the process, as ours is.
+    Remove when ``_rebind_kernels`` skips values whose ``__dict__`` is no dictionary.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def make(original: Any) -> Any:
+        def _rebind_kernels(overrides: Any) -> None:
+            hidden = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite.")}
+            for name in hidden:
+                del sys.modules[name]
+            try:
+                original(overrides)
+            finally:
+                sys.modules.update(hidden)
+
+        return _rebind_kernels
+
+    if hasattr(dispatcher, "_rebind_kernels"):
+        _wrap(dispatcher, "_rebind_kernels", make)
+
+
+def _patch_engine_args() -> None:
+    """Selecting the backend turns on what it needs: connector, per-kind backends, piecewise graphs.
+
+    Remove when a backend can contribute to VllmConfig through a hook of its own.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Any) -> Any:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm_retrieval_attn.plugin import engine_config
+
+            if not engine_config.selected(self):
+                return original(self, *args, **kwargs)
+            knobs = engine_config.prepare(self)
+            return engine_config.finish(knobs, original(self, *args, **kwargs))
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def _patch_input_processor() -> None:
+    """A request that host memory can never hold is refused where vLLM refuses too long prompts.
+
+    Remove when a KV connector can validate a request at arrival.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def make(original: Any) -> Any:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            config = find_resolved_config(self.vllm_config)
+            if config is not None:
+                from vllm_retrieval_attn.plugin.admission import check_request
+
+                check_request(config, request)
+            return request
+
+        return process_inputs
+
+    _wrap(InputProcessor, "process_inputs", make)
+
+
+def _patch_scheduler() -> None:
+    """Requests whose host attention failed end with an error instead of a made-up token.
+
+    The worker reports them through the connector's worker metadata. Remove when vLLM fails running
+    requests named in KVConnectorOutput.failed_recving (it does so for waiting ones only).
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_retrieval_attn.plugin.messages import WorkerReport
+
+    def make_update(original: Any) -> Any:
+        def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+            connector_output = model_runner_output.kv_connector_output
+            report = getattr(connector_output, "kv_connector_worker_meta", None)
+            if isinstance(report, WorkerReport):
+                self.connector.note(report)  # before requests of this step finish
+                connector_output.failed_recving = set(connector_output.failed_recving or ()) | report.failed
+            return original(self, scheduler_output, model_runner_output)
+
+        return update_from_output
+
+    def make_failed(original: Any) -> Any:
+        def _handle_failed_recving(self: Any, failed_req_ids: set[str]) -> set[str]:
+            affected: set[str] = original(self, failed_req_ids)
+            if self.vllm_config.kv_transfer_config.kv_connector == CONNECTOR:
+                affected = affected | {name for name in failed_req_ids if name in self.requests}
+            return affected
+
+        return _handle_failed_recving
+
+    _wrap(Scheduler, "update_from_output", make_update)
+    _wrap(Scheduler, "_handle_failed_recving", make_failed)
+
+
+def _publish_rows_v1(runner: Any, num_reqs: int, dummy: bool) -> None:
+    from vllm_retrieval_attn.plugin import row_ids
+
+    row_ids.publish(None if dummy else runner.input_batch.req_ids[:num_reqs])
+
+
+def _patch_v1_runner() -> None:
+    """Model runner V1 (CPU without Triton) does not tell builders which request a row is.
+
+    Remove when CommonAttentionMetadata carries request ids (V2 carries a slot number).
+    """
+    runner = importlib.import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
+
+    def make(original: Any) -> Any:
+        def _build_attention_metadata(self: Any, num_tokens: int, num_reqs: int, *args: Any, **kwargs: Any) -> Any:
+            _publish_rows_v1(self, num_reqs, bool(kwargs.get("for_cudagraph_capture")))
+            return original(self, num_tokens, num_reqs, *args, **kwargs)
+
+        return _build_attention_metadata
+
+    _wrap(runner, "_build_attention_metadata", make)
+
+
+def _patch_v2_runner() -> None:
+    """The same for model runner V2 (CUDA). Remove as above."""
+    state = importlib.import_module("vllm.v1.worker.gpu.model_states.default").DefaultModelState
+
+    def make(original: Any) -> Any:
+        def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm_retrieval_attn.plugin import row_ids
+
+            row_ids.publish(None if kwargs.get("for_capture") else input_batch.req_ids)
+            return original(self, input_batch, *args, **kwargs)
+
+        return prepare_attn
+
+    _wrap(state, "prepare_attn", make)
+
+
+def patch_runner(use_v2: bool) -> None:
+    """Patch the model runner of this worker; its module is imported by then."""
+    if use_v2:
+        _patch_v2_runner()
+    else:
+        _patch_v1_runner()
+
+
+def _patch_engine_manager() -> None:
+    """A server that ends gives its engine time to let host memory and workers go, and clears up after one it killed.
+
+    By default vLLM kills an engine at the moment it asks it to end, except on ROCm, which has the same 15 s: the
+    shared-memory file would stay until the next start. Remove when the grace is the same on every platform.
+    """
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    def make_init(original: Any) -> Any:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            configs = [part for part in (*args, *kwargs.values()) if hasattr(part, "kv_transfer_config")]
+            self._retrieval = any(find_resolved_config(config) is not None for config in configs)
+            original(self, *args, **kwargs)
+
+        return __init__
+
+    def make_shutdown(original: Any) -> Any:
+        def shutdown(self: Any, timeout: float | None = None) -> None:
+            if not getattr(self, "_retrieval", False):
+                original(self, timeout)
+                return
+            import psutil
+
+            from vllm_retrieval_attn.store.shared_file import remove_stale
+
+            owners = set()  # engines, and the workers of their tensor-parallel ranks
+            for process in self.processes:
+                if process.pid is None:
+                    continue
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family = psutil.Process(process.pid)
+                    owners |= {family.pid, *(child.pid for child in family.children(recursive=True))}
+            # Requests had no time to end, so this is not what is left of it; see get_engine_process_shutdown_timeout.
+            at_once = timeout == 0 and self._request_shutdown_timeout == 0
+            original(self, END_GRACE_S if at_once else timeout)
+            remove_stale(owners=owners, timeout_s=END_GRACE_S)  # a killed one takes a moment to give its memory back
+
+        return shutdown
+
+    _wrap(CoreEngineProcManager, "__init__", make_init)
+    _wrap(CoreEngineProcManager, "shutdown", make_shutdown)
+
+
+def install() -> None:
+    """Register the backend and install every patch. Safe to call again."""
+    _register_name()
+    _patch_engine_args()
+    _register_spec()
+    _patch_cpu_selection()
+    _patch_kernel_scan()
+    _patch_input_processor()
+    _patch_scheduler()
+    _patch_engine_manager()
+
+
+def find_resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig | None":
+    """Our resolved knobs, or None where another backend serves."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        return None
+    from vllm_retrieval_attn.core.config import KEY, ResolvedConfig
+
+    knobs = transfer.kv_connector_extra_config.get(KEY)
+    return None if knobs is None else ResolvedConfig.model_validate(knobs)
+
+
+def resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig":
+    """Our resolved knobs.
+
+    Raises:
+        ValueError: the engine was not configured through ``--attention-backend retrieval``.
+    """
+    config = find_resolved_config(vllm_config)
+    if config is None:
+        raise ValueError("retrieval: select the backend with --attention-backend retrieval, not through other options")
+    return config

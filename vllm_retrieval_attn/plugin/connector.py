@@ -1,0 +1,180 @@
+"""The KV connector: carries epochs from the scheduler to the worker, and failures back.
+
+vLLM makes one object in EngineCore (scheduler half) and one in each worker (worker half). K and V
+themselves move inside the attention layer, not through the connector's layer hooks.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from vllm_retrieval_attn.core.ledger import HostLedger
+from vllm_retrieval_attn.core.options import SearchOptions, search_options
+from vllm_retrieval_attn.plugin.compat import resolved_config
+from vllm_retrieval_attn.plugin.manager import RetrievalManager
+from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+    from vllm_retrieval_attn.plugin.worker import RetrievalWorker
+
+_NULL_BLOCK = 0
+
+
+class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
+    """Filled into ``kv_transfer_config`` when the backend is selected; not meant to be named by users."""
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        from vllm_retrieval_attn.plugin.worker import RetrievalWorker, with_block_size
+
+        config = with_block_size(resolved_config(vllm_config), kv_cache_config)
+        self._config = config
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self._group = next(i for i, spec in enumerate(specs) if isinstance(spec, RetrievalSpec))
+        self._worker: RetrievalWorker | None = None
+        self._ledger = HostLedger(config.host_pages, config.page_tokens, config.split)
+        self._epochs: dict[str, int] = {}
+        self._options: dict[str, SearchOptions] = {}
+        self._requested: dict[str, SearchOptions] = {}
+        self._cached: dict[str, int] = {}
+        self._read: dict[str, tuple[int, int]] = {}
+        if role == KVConnectorRole.WORKER:
+            self._worker = RetrievalWorker(vllm_config, config, kv_cache_config)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return True  # the attention layer waits for the CPU between graph pieces
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # nothing is handed to another engine
+
+    # ---- scheduler half
+
+    def bind_kv_cache_manager(self, kv_cache_manager: "KVCacheManager") -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        managers = [
+            manager
+            for manager in kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, RetrievalManager)
+        ]
+        managers[0].ledger = self._ledger
+
+    def on_new_request(self, request: "Request") -> None:
+        longest = request.num_prompt_tokens + request.max_tokens
+        if getattr(request, "resumable", False):
+            longest = self._vllm_config.model_config.max_model_len
+        self._ledger.arrived(request.request_id, longest)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
+        self._epochs[request.request_id] = self._epochs.get(request.request_id, 0) + 1
+        params = request.sampling_params
+        options = search_options(
+            self._config, params.extra_args if params is not None else None, params.seed if params is not None else None
+        )
+        self._requested[request.request_id] = options
+        self._cached[request.request_id] = num_external_tokens
+        if options != search_options(self._config, None):
+            self._options[request.request_id] = options
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        message = StepMessage(options=self._options)
+        self._options = {}
+        scheduled = scheduler_output.num_scheduled_tokens
+        for request_id in scheduled:
+            if self._ledger.needs_host(request_id):
+                message.admitted[request_id] = self._epochs[request_id]
+            else:
+                message.resident.add(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            # Admitted again in the same step: the newer epoch tells the worker.
+            if request_id not in scheduled and request_id in self._epochs:
+                message.released.append((request_id, self._epochs[request_id]))
+        for request_id in scheduler_output.finished_req_ids:
+            message.released.append((request_id, self._epochs.pop(request_id, 0)))
+            self._ledger.forget(request_id)
+        return message
+
+    def note(self, report: WorkerReport) -> None:
+        """Take in what the workers tell of a step."""
+        for request_id, (rows, searches) in report.read.items():
+            sums = self._read.get(request_id, (0, 0))
+            self._read[request_id] = sums[0] + rows, sums[1] + searches
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """What the request held, for the response's ``kv_transfer_params``; blocks are freed at once."""
+        config, computed = self._config, request.num_computed_tokens
+        start = config.split.window_start(computed)
+        left_pages = start - config.sink_end
+        hosted = self._ledger.pages > 0 and self._ledger.needs_host(request.request_id)
+        report = {
+            "prompt_tokens": request.num_prompt_tokens,
+            "paged_blocks": sum(block != _NULL_BLOCK for block in block_ids[self._group]),
+            "paged_tokens": computed - left_pages,
+            "host_tokens": left_pages if hosted else 0,
+            "cached_tokens": self._cached.pop(request.request_id, 0),
+            "path": "paged",
+            "rows_read": 0,
+        }
+        rows, searches = self._read.pop(request.request_id, (0, 0))
+        options = self._requested.pop(request.request_id, None)
+        if searches:
+            exact = config.index == "flat" or (options is not None and options.exact)
+            report |= {"path": "exact" if exact else "faiss", "rows_read": round(rows / searches)}
+        return False, {"retrieval": report}
+
+    # ---- worker half
+
+    @property
+    def worker(self) -> "RetrievalWorker":
+        assert self._worker is not None, "only the worker half has it"
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
+        self.worker.register_kv_caches(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepMessage)
+        self.worker.begin_step(connector_metadata)
+
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self.worker.end_step()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        self.worker.fence_mirror()
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return self.worker.report()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()

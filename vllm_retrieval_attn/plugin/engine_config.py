@@ -1,0 +1,175 @@
+"""What selecting the backend does to vLLM's configuration, and what it refuses at start-up."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm_retrieval_attn.core import config as knobs_module
+from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalConfig
+from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, NAME
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+
+_CPU_REQUESTS = 8
+"""Requests at full residency that the default CPU pool has room for."""
+
+
+def _backend_name(value: Any) -> str | None:
+    return None if value is None else str(getattr(value, "name", value)).upper()
+
+
+def selected(args: Any) -> bool:
+    """Whether these EngineArgs ask for our backend."""
+    return NAME in (_backend_name(args.attention_backend), _backend_name(args.attention_config.backend))
+
+
+def refuse(what: str, instead: str) -> None:
+    raise ValueError(f"retrieval: {what} is not supported; {instead}")
+
+
+def prepare(args: Any) -> RetrievalConfig:
+    """Check EngineArgs and fill in what must be there before VllmConfig is built.
+
+    Raises:
+        ValueError: one line that says what to change.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
+
+    knobs = knobs_module.parse(args.additional_config)
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        refuse(f"platform {current_platform.device_name}", "run on CPU or on an NVIDIA GPU")
+    transfer = args.kv_transfer_config
+    if transfer is not None and transfer.kv_connector != CONNECTOR:
+        refuse(f"a second KV connector ({transfer.kv_connector})", "drop --kv-transfer-config")
+    if args.kv_offloading_size is not None:
+        refuse("--kv-offloading-size", "drop it: the host keeps the KV cache already")
+    args.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
+    )
+    sliding = "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
+    args.attention_config = _with_sliding_backend(args.attention_config, sliding)
+    return knobs
+
+
+def _with_sliding_backend(attention_config: Any, name: str) -> Any:
+    """Sliding-window layers of hybrid models stay with vLLM's own backend, unless the user chose one."""
+    import copy
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    changed = copy.deepcopy(attention_config)
+    changed.backend_per_kind = {"sliding_window": AttentionBackendEnum[name], **changed.backend_per_kind}
+    return changed
+
+
+def finish(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> "VllmConfig":
+    """Refuse what is not supported, resolve the knobs and hand them to every process."""
+    check_supported(vllm_config)
+    resolved = resolve_for(knobs, vllm_config)
+    assert vllm_config.kv_transfer_config is not None
+    vllm_config.kv_transfer_config.kv_connector_extra_config[KEY] = resolved.model_dump()
+    return vllm_config
+
+
+def check_supported(vllm_config: "VllmConfig") -> None:
+    """Rule 7 of the design: unsupported means refused at start-up, with one clear line."""
+    parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
+    if model.runner_type != "generate":
+        refuse(f"a {model.runner_type} model", "serve it without --attention-backend retrieval")
+    if model.is_encoder_decoder:
+        refuse("an encoder-decoder model", "serve it without --attention-backend retrieval")
+    if model.use_mla:
+        refuse("a model with multi-head latent attention (MLA)", "serve it without --attention-backend retrieval")
+    if model.is_hybrid or model.is_attention_free:
+        refuse("a model with state-space layers", "serve it without --attention-backend retrieval")
+    if vllm_config.speculative_config is not None:
+        refuse("speculative decoding", "drop --speculative-config")
+    if parallel.decode_context_parallel_size > 1:
+        refuse("decode context parallelism", "set --decode-context-parallel-size 1")
+    if parallel.prefill_context_parallel_size > 1:
+        refuse("prefill context parallelism", "set --prefill-context-parallel-size 1")
+    if parallel.pipeline_parallel_size > 1:
+        refuse("pipeline parallelism", "set --pipeline-parallel-size 1")
+    if parallel.data_parallel_size > 1:
+        refuse("data parallelism inside one server", "run one server for each replica")
+    if parallel.enable_dbo:
+        refuse("dual-batch overlap", "drop --enable-dbo")
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+        refuse(f"KV cache dtype {cache.cache_dtype}", "set --kv-cache-dtype auto")
+    wanted = str(model.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", wanted):
+        refuse(f"KV cache dtype {cache.cache_dtype} with a model in {wanted}", "set --kv-cache-dtype auto")
+    if cache.block_size % 16:
+        refuse(f"block size {cache.block_size}", "set --block-size to a multiple of 16")
+    if not count_full_attention_layers(model, parallel):
+        refuse("a model with sliding-window layers only", "serve it without --attention-backend retrieval")
+
+
+def count_full_attention_layers(model: "ModelConfig", parallel: "ParallelConfig") -> int:
+    """Layers that our backend serves; a hybrid model lists its layers' kinds in its config."""
+    text = model.hf_text_config
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return sum(kind == "full_attention" for kind in kinds)
+    if (
+        getattr(text, "sliding_window", None)
+        and getattr(text, "use_sliding_window", True)
+        and model.get_sliding_window()
+    ):
+        return 0
+    return model.get_num_layers(parallel)
+
+
+def kv_bytes_per_token(vllm_config: "VllmConfig") -> int:
+    """Bytes of K and V of one token in one rank's full-attention layers."""
+    import torch
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = vllm_config.cache_config.cache_dtype
+    dtype: Any = model.dtype if name == "auto" else STR_DTYPE_TO_TORCH_DTYPE[name]
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    layers = count_full_attention_layers(model, parallel)
+    return layers * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * itemsize
+
+
+def code_bytes_per_token(vllm_config: "VllmConfig") -> int:
+    """Bytes of one token's 4-bit codes in one rank's full-attention layers."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layers = count_full_attention_layers(model, parallel)
+    return layers * model.get_num_kv_heads(parallel) * model.get_head_size() // 2
+
+
+def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedConfig:
+    """The knobs resolved for this engine; sizes the paged pool on CPU, where vLLM would take most of the RAM."""
+    from vllm.platforms import current_platform
+
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    per_token = kv_bytes_per_token(vllm_config)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if knobs.sink_tokens + knobs.window_tokens >= vllm_config.model_config.max_model_len:
+        raise ValueError(
+            f"retrieval: sink_tokens + window_tokens = {knobs.sink_tokens + knobs.window_tokens} reach max_model_len = "
+            f"{vllm_config.model_config.max_model_len}, so nothing would ever leave the paged cache; lower them, or "
+            "serve without --attention-backend retrieval"
+        )
+    spoken_for = 0
+    if current_platform.is_cpu():
+        if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            split = Split(knobs.sink_tokens, knobs.window_tokens, knobs.resident_tokens, cache.block_size)
+            blocks = split.blocks_bound(vllm_config.max_in_flight_tokens)
+            requests = min(_CPU_REQUESTS, scheduler.max_num_seqs)
+            wanted = requests * blocks * cache.block_size * per_token
+            cache.kv_cache_memory_bytes = min(max(wanted, GB), knobs_module.available_memory() // 4)
+        spoken_for = cache.kv_cache_memory_bytes or 0
+    return knobs_module.resolve(
+        knobs,
+        index_bytes_per_token=code_bytes_per_token(vllm_config) if knobs.index == "attention" else 0,
+        bytes_per_token=per_token,
+        kv_heads=vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config),
+        block_size=cache.block_size,
+        ranks=ranks,
+        spoken_for=spoken_for,
+    )

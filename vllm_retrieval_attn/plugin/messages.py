@@ -1,0 +1,45 @@
+"""What the scheduler half of the connector and the worker half say to each other each step."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from vllm_retrieval_attn.core.options import SearchOptions
+
+
+@dataclass
+class StepMessage(KVConnectorMetadata):
+    """Scheduler to worker.
+
+    Attributes:
+        admitted: request id -> epoch, for each scheduled request that may need the host.
+        resident: ids of scheduled requests that never leave the paged cache.
+        released: (request id, epoch) of admissions that ended (finish, abort, preemption).
+        options: how to search, for requests admitted in this step whose options are not the default.
+    """
+
+    admitted: dict[str, int] = field(default_factory=dict)
+    resident: set[str] = field(default_factory=set)
+    released: list[tuple[str, int]] = field(default_factory=list)
+    options: dict[str, SearchOptions] = field(default_factory=dict)
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Worker to scheduler.
+
+    Attributes:
+        failed: requests whose host attention could not be computed this step.
+        read: request id -> rows read in this step, summed over layers and KV heads, and how many of those.
+    """
+
+    failed: set[str] = field(default_factory=set)
+    read: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
+        assert isinstance(other, WorkerReport)
+        read = dict(self.read)
+        for request_id, (rows, searches) in other.read.items():
+            mine = read.get(request_id, (0, 0))
+            read[request_id] = mine[0] + rows, mine[1] + searches
+        return WorkerReport(self.failed | other.failed, read)

@@ -1,0 +1,377 @@
+"""The worker half: owns the arena, the ring and the actors of a rank, and the state of a step."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vllm_retrieval_attn.core.options import SearchOptions, search_options
+from vllm_retrieval_attn.core.timings import Timings
+from vllm_retrieval_attn.device.fidelity import DecodeSampler
+from vllm_retrieval_attn.device.learning import SpaceLearner
+from vllm_retrieval_attn.device.plan import StepPlan, make_plan
+from vllm_retrieval_attn.index.rows import DTYPE_CODES
+from vllm_retrieval_attn.plugin.compat import patch_runner
+from vllm_retrieval_attn.plugin.identity import model_identity
+from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+from vllm_retrieval_attn.sketch.space import LEARNED
+from vllm_retrieval_attn.store.arena import Arena
+from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.space_file import load_space, save_space, space_path
+from vllm_retrieval_attn.workers.client import RingClient, WorkersUnavailable
+from vllm_retrieval_attn.workers.pool import ActorPool
+from vllm_retrieval_attn.workers.sync import check_platform
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_retrieval_attn.core.config import ResolvedConfig
+    from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
+    from vllm_retrieval_attn.store.requests import RequestStore
+
+LEARN_LEAST = 64
+"""Fewer new tokens of a request are not worth taking into account for its space."""
+
+logger = logging.getLogger("vllm.retrieval")
+
+_current: "RetrievalWorker | None" = None
+
+
+def current_worker() -> "RetrievalWorker | None":
+    """The worker half of this process; None before the KV cache exists (profiling run)."""
+    return _current
+
+
+def retrieval_layers(kv_cache_config: "KVCacheConfig") -> dict[str, RetrievalSpec]:
+    """Names and specs of the layers that use our backend, in the model's order."""
+    layers: dict[str, RetrievalSpec] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        if isinstance(group.kv_cache_spec, RetrievalSpec):
+            layers.update((name, group.kv_cache_spec) for name in group.layer_names)
+    return layers
+
+
+def with_block_size(config: "ResolvedConfig", kv_cache_config: "KVCacheConfig") -> "ResolvedConfig":
+    """The knobs with the block size that vLLM settled on for our layers (it may grow in hybrid models)."""
+    specs = list(retrieval_layers(kv_cache_config).values())
+    if not specs:
+        raise ValueError("retrieval: this model has no full-attention layer; serve it without this backend")
+    return config.model_copy(update={"block_size": specs[0].block_size})
+
+
+class RetrievalWorker:
+    """Host side of one tensor-parallel rank.
+
+    Attributes:
+        hosted: False with index ``none``, which has none of the following.
+        arena, client, pool: the host side. cuda: its GPU half, None on CPU.
+        sampler: of steps to compare with exact attention; None without an index.
+        timings: where decode time goes.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", config: "ResolvedConfig", kv_cache_config: "KVCacheConfig") -> None:
+        global _current
+        check_platform()
+        patch_runner(vllm_config.use_v2_model_runner)
+        self._layers = retrieval_layers(kv_cache_config)
+        self.config = with_block_size(config, kv_cache_config)
+        self._layer_numbers = {name: i for i, name in enumerate(self._layers)}
+        self._names: list[str] = list(self._layers)
+        self.timings = Timings()
+        self._message: StepMessage | None = None
+        self._plan: StepPlan | None = None
+        self._failed: set[str] = set()
+        self._read: dict[str, tuple[int, int]] = {}
+        self._metadata: list[RetrievalMetadata] = []
+        self._kv_caches: dict[str, torch.Tensor] = {}
+        self.hosted = config.index != "none"
+        self.sampler: DecodeSampler | None = None
+        self._learner: SpaceLearner | None = None
+        self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
+        self._written: Any = None
+        if self.hosted:
+            self._start_host(vllm_config)
+        _current = self
+
+    def _start_host(self, vllm_config: "VllmConfig") -> None:
+        config = self.config
+        layer = vllm_config.compilation_config.static_forward_context[self._names[0]]
+        dtype, layout = self._layout(vllm_config, layer.num_heads)
+        self._default_options = search_options(config, None)
+        self._options: dict[str, SearchOptions] = {}
+        rank = vllm_config.parallel_config.rank
+        self.arena = Arena(layout, dtype, rank, config.poison_freed)
+        self.cuda: Any = None
+        if vllm_config.device_config.device_type == "cuda":
+            from vllm_retrieval_attn.device.cuda import CudaHost
+
+            self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
+        if layout.indexed:
+            self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
+            self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
+            self._space_path = space_path(model_identity(vllm_config), rank, config.ranks)
+            self._take_space()
+        self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
+        begin = time.monotonic()
+        try:
+            self.pool = ActorPool(config, layout, self.arena.views, self.arena.file.path, layer.impl.scale)
+        except BaseException:
+            self.arena.close()
+            raise
+        logger.info(
+            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads, ready in %.1f s",
+            layout.pages * layout.page_bytes / 1e9,
+            config.host_tokens,
+            config.bytes_per_token / 1e3,
+            layout.actors,
+            layout.threads,
+            time.monotonic() - begin,
+        )
+
+    def _layout(self, vllm_config: "VllmConfig", heads: int) -> tuple[torch.dtype, Layout]:
+        """The arena's element type and its shapes."""
+        config = self.config
+        specs = set(self._layers.values())
+        if len(specs) != 1:
+            raise ValueError("retrieval: full-attention layers of different shapes are not supported")
+        (spec,) = specs
+        itemsize = torch.empty((), dtype=spec.dtype).element_size()
+        per_token = len(self._layers) * spec.num_kv_heads * 2 * spec.head_size * itemsize
+        if per_token != config.bytes_per_token:
+            raise ValueError(
+                f"retrieval: the model keeps {per_token} bytes a token in {len(self._layers)} layers, "
+                f"{config.bytes_per_token} were expected from its config; this model's layout is not supported"
+            )
+        max_len = vllm_config.model_config.max_model_len
+        return spec.dtype, Layout(
+            layers=len(self._layers),
+            heads=heads,
+            kv_heads=spec.num_kv_heads,
+            dim=spec.head_size,
+            itemsize=itemsize,
+            dtype_code=DTYPE_CODES[str(spec.dtype).removeprefix("torch.")],
+            page_tokens=config.page_tokens,
+            pages=config.host_pages,
+            max_rows=vllm_config.scheduler_config.max_num_seqs,
+            table_pages=min(config.host_pages, -(-max_len // config.page_tokens)) + 1,
+            actors=config.workers,
+            threads=config.threads,
+            most_limit=config.max_rows,
+            first_head=vllm_config.parallel_config.rank * spec.num_kv_heads,
+            indexed=config.index == "attention",
+        )
+
+    # ---- the model's space
+
+    def _take_space(self) -> None:
+        """Use the space that an earlier start has learned, or learn it from the first long prompt."""
+        lay = self.arena.layout
+        space = load_space(self._space_path, lay.layers * lay.kv_heads, lay.dim)
+        if space is None:
+            self._learner = SpaceLearner(lay.layers)
+            return
+        self.arena.views.keep_space(space)
+        self.arena.space = LEARNED
+        logger.info("retrieval: the model's space is taken from %s", self._space_path)
+
+    def learn(self, layer: int, key: torch.Tensor, query: torch.Tensor, plan: StepPlan) -> None:
+        """Learn from the step's longest row, while the model's space is not known. Shapes as in device/cpu.py."""
+        first, last = plan.longest
+        if self._learner is not None and last > first:
+            self._learner.add(layer, key[first:last], query[first:last])
+
+    def _learn_space(self) -> None:
+        """Learn once there is enough; at the end of a step, so that it depends on no clock."""
+        if self._learner is None or not self._learner.complete:
+            return
+        begin = time.monotonic()
+        try:
+            space = self._learner.space()
+        except ValueError as error:
+            logger.warning("retrieval: no space is learned from this prompt: %s", error)
+            self._learner = SpaceLearner(self.arena.layout.layers)
+            return
+        self._learner = None
+        self.arena.views.keep_space(space)
+        self.arena.space = LEARNED
+        kept = save_space(self._space_path, space)
+        where = f", kept in {self._space_path}" if kept else ""
+        logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
+
+    # ---- a step
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._kv_caches = {name: kv_caches[name] for name in self._names if name in kv_caches}
+
+    def begin_step(self, message: StepMessage) -> None:
+        """Take the scheduler's word before the forward pass: release what ended."""
+        if self.hosted:
+            for request_id, epoch in message.released:
+                self._release(request_id, epoch)
+            self._options.update(message.options)
+            self._allow_indexing()
+        self._message = message
+
+    def _release(self, request_id: str, epoch: int) -> None:
+        self.arena.release(request_id, epoch)
+        if request_id not in self.arena.requests:
+            self._options.pop(request_id, None)
+
+    def layer_number(self, name: str) -> int:
+        return self._layer_numbers[name]
+
+    def plan(self, metadata: "RetrievalMetadata") -> StepPlan | None:
+        """Host work of this batch; None if it has none (dummy run, index ``none``)."""
+        if self._message is None or metadata.request_ids is None:
+            return None
+        if not metadata.resolved:
+            metadata.resolved = True
+            self._check_rows(metadata)
+            if self.config.poison_freed:
+                self._metadata.append(metadata)
+            if not self.hosted:
+                return None
+            metadata.plan = plan = self._plan = make_plan(
+                metadata,
+                self.arena,
+                self._message.admitted,
+                self.config.split,
+                lambda request_id: self._options.get(request_id, self._default_options),
+            )
+            self._growth.append((self._written, plan.growth))
+            self._begin_learning(metadata, plan)
+            if self.sampler is not None:
+                self.sampler.begin(plan)
+            if plan.searched and not self.pool.available():
+                self._fail(plan, plan.decode_ids, WorkersUnavailable("CPU workers are not back yet"))
+        return metadata.plan
+
+    def _begin_learning(self, metadata: "RetrievalMetadata", plan: StepPlan) -> None:
+        if self._learner is None:
+            return
+        first, last = plan.longest
+        row = int(np.searchsorted(metadata.query_start, first, side="right")) - 1 if last > first else 0
+        first += max(0, self.config.sink_end - int(metadata.computed[row])) if last > first else 0
+        plan.longest = (first, last) if last - first >= LEARN_LEAST else (0, 0)
+        if plan.longest[1]:
+            assert metadata.request_ids is not None
+            self._learner.begin(metadata.request_ids[row], last - first)
+
+    def _check_rows(self, metadata: "RetrievalMetadata") -> None:
+        assert self._message is not None
+        assert metadata.request_ids is not None
+        known = self._message.admitted.keys() | self._message.resident
+        strangers = [name for name in metadata.request_ids if name not in known]
+        if strangers:
+            raise RuntimeError(f"retrieval: batch rows {strangers} are not in the scheduler's message")
+
+    def collect(self, plan: StepPlan, found: Any, found_lse: Any) -> bool:
+        """Wait for the answer to a layer's message; arguments as RingClient.collect's. False: there is none."""
+        try:
+            failed = self.client.collect(found, found_lse)
+        except WorkersUnavailable as error:
+            self.client.abandon()
+            self._fail(plan, plan.decode_ids, error)
+            return False
+        read = self.arena.views.read[: len(found)]
+        plan.rows_read += read.sum(1)
+        plan.searches += read.shape[1]
+        if len(failed):
+            self._fail(plan, [plan.decode_ids[row] for row in failed], RuntimeError("see the CPU workers' log"))
+        return True
+
+    def _fail(self, plan: StepPlan, request_ids: list[str], error: Exception) -> None:
+        """The search of these requests can not be done: they end with an error, others go on."""
+        if new := set(request_ids) - plan.failed:
+            logger.error("retrieval: %d request(s) fail: %s", len(new), error)
+        plan.failed.update(request_ids)
+        self._failed.update(request_ids)
+
+    def report(self) -> WorkerReport | None:
+        """What the scheduler is to know of this step."""
+        report = WorkerReport(self._failed, self._read)
+        self._failed, self._read = set(), {}
+        return report if report.failed or report.read else None
+
+    def fence_mirror(self) -> None:
+        """Order the mirror copies of this step before whatever may overwrite their source (CUDA)."""
+        if self.hosted and self.cuda is not None:
+            self.cuda.fence_mirror()
+
+    def end_step(self) -> None:
+        if self.hosted:
+            self._count_rows()
+            if self.sampler is not None:
+                self.sampler.end()
+            self._learn_space()
+            self._written = self.cuda.mirrored() if self.cuda is not None else None
+        if self.config.poison_freed:
+            self._poison_left_blocks()
+        self._message = None
+
+    def _count_rows(self) -> None:
+        plan, self._plan = self._plan, None
+        if plan is not None and plan.searches:
+            for request_id, rows in zip(plan.decode_ids, plan.rows_read.tolist(), strict=True):
+                self._read[request_id] = (rows, plan.searches)
+
+    def _poison_left_blocks(self) -> None:
+        """Overwrite the paged blocks that this step's rows will never attend to again."""
+        split = self.config.split
+        for metadata in self._metadata:
+            after = split.window_starts(metadata.computed + metadata.query_lens)
+            for row in range(len(after)):
+                columns = split.sink_end // split.block_size + np.arange(
+                    (after[row] - metadata.windows[row]) // split.block_size
+                )
+                blocks = metadata.resident_table[row][torch.from_numpy(columns)].long()
+                for cache in self._kv_caches.values():
+                    cache[blocks] = float("nan")
+        self._metadata.clear()
+
+    # ---- indexes
+
+    def _allow_indexing(self) -> None:
+        """Let indexes grow over what has arrived in the arena: all that was written before a step, once the copies
+        that the step before it ordered are done."""
+        while self._growth and (self._growth[0][0] is None or self._growth[0][0].query()):
+            for store, tokens in self._growth.pop(0)[1]:
+                if self.arena.requests.get(store.request_id) is store:
+                    self.arena.allow_indexing(store, tokens)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters for benchmarks and tests; ``timings`` start again from zero."""
+        found: dict[str, Any] = {"timings": self.timings.take(), "index": self.config.index}
+        if self.hosted:
+            found |= {
+                "host_bytes": self.arena.used_bytes,
+                "host_pages": self.arena.used_pages,
+                "host_tokens": self.arena.host_tokens,
+                "indexed_tokens": self.arena.indexed_tokens,
+                "index_bytes": self.arena.indexed_tokens * self.config.index_bytes_per_token,
+                "requests": len(self.arena.requests),
+                "restarts": self.pool.restarts,
+                "actor_pids": self.pool.pids(),
+                "path": self.arena.file.path,
+                "space": "learned" if self.arena.space == LEARNED else "rotation",
+                "probes": self.sampler.probes if self.sampler is not None else 0,
+                "fidelity": self.sampler.figures() if self.sampler is not None else {},
+            }
+        return found
+
+    def close(self) -> None:
+        global _current
+        if _current is self:
+            _current = None
+        if self.hosted:
+            begin = time.monotonic()
+            if self.cuda is not None:
+                self.cuda.close()
+            self.arena.close()  # first: vLLM gives a worker few seconds to go
+            self.pool.close()
+            self.hosted = False
+            logger.info("retrieval: host memory and workers released in %.1f s", time.monotonic() - begin)

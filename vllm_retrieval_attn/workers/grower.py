@@ -1,0 +1,71 @@
+"""Background threads of an actor that let indexes grow behind the tokens as they are written.
+
+Nothing waits for them but a search that needs more than is there, and that makes up for it itself (workers/indexes.py).
+"""
+
+import contextlib
+import logging
+import os
+import threading
+
+from vllm_retrieval_attn.store.layout import WORD_GROWTH, Layout
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.indexes import Indexes, RequestGone
+
+logger = logging.getLogger("vllm.retrieval")
+
+_POLL_S = 0.02
+_NICE = 15
+"""Background threads give way to everything else on the machine."""
+
+
+def be_nice() -> None:
+    """Run only when nothing else wants the core."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+class Grower(threading.Thread):
+    """Serves every ``of``-th (layer, KV head) of an actor, from number ``thread`` on.
+
+    Args:
+        layout, views: the shared file of the rank. indexes: of the actor.
+    """
+
+    def __init__(self, layout: Layout, views: Views, indexes: Indexes, thread: int, of: int) -> None:
+        super().__init__(name=f"retrieval-grower-{thread}", daemon=True)
+        self._views, self._indexes, self._thread_number = views, indexes, thread
+        pairs = [(layer, head) for layer in range(layout.layers) for head in indexes.heads]
+        self._pairs = pairs[thread::of]
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        be_nice()
+        seen = -1
+        while not self._stopping.wait(_POLL_S):
+            growth = int(self._views.words[WORD_GROWTH])
+            if growth == seen:
+                continue
+            seen = growth
+            if self._thread_number == 0:
+                self._indexes.drop_stale()
+            try:
+                self._grow()
+            except Exception:  # the search that needs it tries again, and fails for its request alone
+                logger.exception("retrieval: indexing in the background failed")
+
+    def _grow(self) -> None:
+        for slot, generation, tokens in self._indexes.live().tolist():
+            for layer, head in self._pairs:
+                if self._stopping.is_set():
+                    return
+                key = (slot, layer, head)
+                if self._indexes.missing(key, generation, tokens):
+                    try:
+                        self._indexes.ready(key, generation, tokens)
+                    except RequestGone:
+                        break
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(timeout=5)

@@ -1,0 +1,140 @@
+"""The indexes that an actor holds: one for each request, layer and KV head of its share.
+
+They live in the actor's own memory. All that they are made of lies in the shared file, so a restarted actor makes them
+again, those of a layer when its next message comes. An index holds the tokens that a step has asked for or has let be
+indexed, never more: what a search finds does not depend on timing.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_retrieval_attn.index.head import HeadIndex
+from vllm_retrieval_attn.index.rows import Memory, jit, load, memory_of
+from vllm_retrieval_attn.sketch.space import LEARNED, rotated
+from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, Layout
+from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.sync import full_fence
+
+_PIECE = 2048
+"""Tokens coded in one go: few enough that their coordinates stay in the cache."""
+
+Key = tuple[int, int, int]
+"""Page table, layer, KV head."""
+
+
+class RequestGone(Exception):
+    """The page table has changed hands: what was read through it may be anybody's."""
+
+
+@dataclass
+class _Entry:
+    generation: int
+    index: HeadIndex
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@jit
+def _load_keys(
+    memory: Any, table: Any, page_tokens: int, page_elements: int, base: int, first: int, out: Any, bits: Any
+) -> None:
+    n, dim = out.shape
+    for t in range(n):
+        token = first + t
+        start = table[token // page_tokens] * page_elements + base + token % page_tokens * 2 * dim
+        load(memory, start, dim, out[t], bits[t])
+
+
+class Indexes:
+    """Safe for several threads.
+
+    Args:
+        layout, views: the shared file of the rank. actor: which share of the KV heads.
+    """
+
+    def __init__(self, layout: Layout, views: Views, actor: int) -> None:
+        self._layout, self._views = layout, views
+        self.heads = list(range(actor, layout.kv_heads, layout.actors))
+        self.memory: Memory = memory_of(views.pages, layout.dtype_code)
+        self._entries: dict[Key, _Entry] = {}
+
+    def row_base(self, layer: int, head: int) -> int:
+        """Element, from the start of a page, of the first row of a layer and KV head."""
+        return (layer * self._layout.kv_heads + head) * self._layout.head_elements
+
+    @property
+    def page_elements(self) -> int:
+        return self._layout.page_bytes // self._layout.itemsize
+
+    def ready(self, key: Key, generation: int, tokens: int) -> HeadIndex:
+        """The index over host tokens ``[0, tokens)`` of a page table's owner; made as far as it is not there yet.
+
+        Raises:
+            RequestGone: the table is another's by now.
+        """
+        entry = self._entries.get(key)
+        if entry is None or entry.generation != generation:
+            fresh = _Entry(generation, HeadIndex(self._space(key)))
+            if entry is not None:
+                self._entries.pop(key, None)
+            entry = self._entries.setdefault(key, fresh)
+            if entry.generation != generation:
+                raise RequestGone
+        if entry.index.size < tokens:
+            with entry.lock:
+                self._extend(key, entry, tokens)
+        return entry.index
+
+    def _space(self, key: Key) -> Any:
+        slot, layer, head = key
+        if int(self._views.slots[slot, SLOT_SPACE]) == LEARNED:
+            return self._views.learned_space(layer, head)
+        return rotated(1, self._layout.dim).one(0)
+
+    def _extend(self, key: Key, entry: _Entry, tokens: int) -> None:
+        lay, index = self._layout, entry.index
+        slot, layer, head = key
+        while index.size < tokens:
+            count = min(_PIECE, tokens - index.size)
+            keys = np.empty((count, lay.dim), np.float32)
+            last = index.size + count
+            table = self._views.tables[slot, : lay.page_tokens_owned(last)].copy()
+            self._check(slot, entry.generation)
+            if table.min() < 0 or table.max() >= lay.pages:
+                raise RequestGone
+            base = self.row_base(layer, head)
+            _load_keys(
+                self.memory, table, lay.page_tokens, self.page_elements, base, index.size, keys, keys.view(np.uint32)
+            )
+            self._check(slot, entry.generation)
+            index.append(keys)
+
+    def _check(self, slot: int, generation: int) -> None:
+        full_fence()
+        if int(self._views.slots[slot, SLOT_GENERATION]) != generation:
+            raise RequestGone
+
+    def live(self) -> npt.NDArray[np.int64]:
+        """(n, 3) page tables in use, their generations, and the tokens that may be indexed."""
+        slots = self._views.slots
+        used = np.flatnonzero(slots[:, SLOT_GENERATION])
+        return np.stack((used, slots[used, SLOT_GENERATION], slots[used, SLOT_INDEXED]), axis=1)
+
+    def missing(self, key: Key, generation: int, tokens: int) -> bool:
+        """Whether :meth:`ready` would have work to do."""
+        entry = self._entries.get(key)
+        return tokens > 0 and (entry is None or entry.generation != generation or entry.index.size < tokens)
+
+    def drop_stale(self) -> None:
+        """Forget the indexes of requests that are over."""
+        for key, entry in list(self._entries.items()):
+            if int(self._views.slots[key[0], SLOT_GENERATION]) != entry.generation:
+                self._entries.pop(key, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes held."""
+        return sum(entry.index.nbytes for entry in list(self._entries.values()))
