@@ -6,15 +6,15 @@ import sys
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.lane import Lane
-from vllm_retrieval_attn.workers.message import Worktop
 
 if __name__ == "__main__":
     place = json.loads(sys.argv[2])
     layout = Layout(**place["layout"])
     views = Views(layout, SharedFile.attach(sys.argv[1]).map)
-    top = Worktop(layout, views, Indexes(layout, views, place["actor"]), place["scale"], 256)
-    lane = Lane(layout, views, top, place["actor"], place["thread"], place["spin"])
+    desk = Desk(layout, views, Indexes(layout, views, place["actor"]), place["scale"], 256)
+    lane = Lane(layout, views, desk, place["actor"], place["thread"], place["spin"])
     lane.start()
     lane.join()

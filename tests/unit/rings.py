@@ -30,9 +30,9 @@ from vllm_retrieval_attn.store.layout import (
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.client import RingClient
+from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.lane import Lane
-from vllm_retrieval_attn.workers.message import Worktop
 
 CANDIDATES = 256
 
@@ -55,11 +55,11 @@ class Ring:
         self.revived = 0
         self.on_revive = lambda: None
         self.client = RingClient(layout, self.views, spin_ns, self._revive)
-        self.tops = [self._top(actor) for actor in range(layout.actors)]
+        self.desks = [self._desk(actor) for actor in range(layout.actors)]
         self.lanes: list[Lane] = []
 
-    def _top(self, actor: int) -> Worktop:
-        return Worktop(self.layout, self.views, Indexes(self.layout, self.views, actor), self.scale, CANDIDATES)
+    def _desk(self, actor: int) -> Desk:
+        return Desk(self.layout, self.views, Indexes(self.layout, self.views, actor), self.scale, CANDIDATES)
 
     def _revive(self, since: float) -> float:
         self.revived += 1
@@ -68,7 +68,7 @@ class Ring:
         return since
 
     def start(self, actor: int, thread: int) -> Lane:
-        lane = Lane(self.layout, self.views, self.tops[actor], actor, thread, self.spin_ns)
+        lane = Lane(self.layout, self.views, self.desks[actor], actor, thread, self.spin_ns)
         lane.start()
         assert lane.ready.wait(300)
         self.lanes.append(lane)
@@ -92,12 +92,12 @@ class Ring:
     def restart(self) -> None:
         """All lanes end, and what the actors had in memory is gone."""
         self.stop_lanes()
-        self.tops = [self._top(actor) for actor in range(self.layout.actors)]
+        self.desks = [self._desk(actor) for actor in range(self.layout.actors)]
         self.start_all()
 
     def close(self) -> None:
         self.stop_lanes()
-        self.client._views = self.views = self.pages = self.queries = self.tops = None
+        self.client._views = self.views = self.pages = self.queries = self.desks = None
         self.file.close()
 
     def fill(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import vllm_retrieval_attn.index.choosing as fast
 from vllm_retrieval_attn.index.choosing import REST, choice_scratch
-from vllm_retrieval_attn.index.head import REFERENCE, HeadIndex, found_for
+from vllm_retrieval_attn.index.head import REFERENCE, HeadIndex, best_of, found_for
 from vllm_retrieval_attn.index.packing import STEP, pack
 from vllm_retrieval_attn.index.shard import BLOCK, LEVELS, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch import sampling
@@ -28,8 +28,9 @@ def candidates(seed: int, sizes: list[int], group: int, k: int) -> tuple[fast.Fo
         mine = scores[:, first : first + size]
         count = min(k, size)
         best = np.argsort(-mine, axis=1, kind="stable")[:, :count]
-        found.ids[shard, :, :count], found.scores[shard, :, :count] = best, np.take_along_axis(mine, best, 1)
         found.counts[shard], found.firsts[shard], found.sizes[shard] = count, first, size
+        scored, ids = best_of(found, shard, group)
+        scored[:], ids[:] = np.take_along_axis(mine, best, 1), best
         found.shifts[shard] = 0.5
         first += size
     return found, scores + 0.5
@@ -43,7 +44,7 @@ def plain_weights(found: fast.Found, scores: np.ndarray, scale: float, outside: 
     for shard, (first, size, count) in enumerate(zip(found.firsts, found.sizes, found.counts, strict=True)):
         for i in range(group):
             mine = np.exp(scores[i, first : first + size] * scale - top[i])
-            best = found.ids[shard, i, :count]
+            best = best_of(found, shard, group)[1][i]
             rest = mine[best[-1]] * REST if size > count else 0.0
             raised[i, first : first + size] = rest
             raised[i, first + best] = mine[best]
@@ -150,11 +151,10 @@ def test_candidates_and_their_scores_are_close_to_brute_force(dim, learned):
     exact = queries @ keys.T
     best = np.argsort(-exact, axis=1)[:, :100]
     for i in range(4):
-        ids = np.concatenate([found.firsts[s] + found.ids[s, i, : found.counts[s]] for s in range(len(found.counts))])
+        shards = range(len(found.counts))
+        ids = np.concatenate([found.firsts[s] + best_of(found, s, 4)[1][i] for s in shards])
         assert len(np.intersect1d(ids, best[i])) >= 97
-        scores = np.concatenate(
-            [found.scores[s, i, : found.counts[s]] + found.shifts[s, i] for s in range(len(found.counts))]
-        )
+        scores = np.concatenate([best_of(found, s, 4)[0][i] + found.shifts[s, i] for s in shards])
         error = scores - exact[i, ids]
         assert np.sqrt(np.square(error).mean()) < 0.2 * exact[i].std()
 
@@ -182,15 +182,15 @@ def test_any_magnitude_is_searched(size):
     found = searched(built(keys, rotated(1, 64).one(0)), normal(1, 2, 64) * np.float32(size), 500)
     best = np.argsort(-(normal(1, 2, 64) @ keys.T), axis=1)[:, :20]
     for i in range(2):
-        assert len(np.intersect1d(found.ids[0, i, : found.counts[0]], best[i])) >= 19
+        assert len(np.intersect1d(best_of(found, 0, 2)[1][i], best[i])) >= 19
 
 
 def test_constant_keys_are_no_trouble():
     keys = np.full((2048, 64), 3.0, np.float32)
     found = searched(built(keys, rotated(1, 64).one(0)), normal(1, 2, 64), 100)
-    assert np.isfinite(found.scores[0, :, : found.counts[0]]).all()
+    assert np.isfinite(best_of(found, 0, 2)[0]).all()
     exact = normal(1, 2, 64) @ keys[0]
-    np.testing.assert_allclose(found.scores[0, :, 0] + found.shifts[0], exact, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(best_of(found, 0, 2)[0][:, 0] + found.shifts[0], exact, rtol=1e-2, atol=1e-2)
 
 
 def test_levels_are_sixteen_and_symmetric():

@@ -68,11 +68,11 @@ def test_many_messages_in_a_row_are_answered(rings):
     assert ring.revived == 0
 
 
-def test_a_lane_that_starts_late_is_waited_for(rings):
+def test_a_leader_that_starts_late_is_waited_for(rings):
     ring = rings(make_layout(threads=3, kv_heads=2))
-    ring.start(0, 0)
+    ring.start(0, 1)
     ring.start(0, 2)
-    late = threading.Timer(0.5, ring.start, (0, 1))
+    late = threading.Timer(0.5, ring.start, (0, 0))
     ring.check(1, [300, 7, 64], before_collect=late.start)
     late.join()
     assert 2 <= ring.revived <= 10  # about every 100 ms

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vllm_retrieval_attn.bench.capture_file import Head
 from vllm_retrieval_attn.core.ownership import INDEX_BLOCK, INDEX_LEAST
 from vllm_retrieval_attn.index.choosing import choice_scratch, choose
-from vllm_retrieval_attn.index.head import HeadIndex, found_for
+from vllm_retrieval_attn.index.head import HeadIndex, found_for, wanted
 from vllm_retrieval_attn.sketch.codes import encode, score
 from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_of
 from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
@@ -92,7 +92,7 @@ class FaissRule(Rule):
         if self._covered:
             self._index.append(self.keys[: self._covered])
             shards = self._index.shards
-            k = max(self._index.wanted(number, candidates) for number in range(len(shards)))
+            k = max(wanted(shard.size, self._covered, candidates) for shard in shards)
             self._found = found_for(len(shards), group, k)
             self._work = choice_scratch(self._covered, len(shards), k, n)
 

@@ -23,7 +23,8 @@ class Found(NamedTuple):
     """Candidates of one (row, KV head), shard after shard.
 
     Attributes:
-        scores: (shards, g, k) float32 inner products by code, descending. ids: (shards, g, k) int64 within the shard.
+        scores, ids: (shards, g * k) float32 inner products by code, and int64 numbers of keys within the shard. Of a
+            shard s the first ``g * counts[s]`` are in use: each head's best ``counts[s]``, descending.
         shifts: (shards, g) float32, what is to be added to the scores.
         counts: (shards,) int64 candidates of each head in use. firsts, sizes: (shards,) int64 first key and keys.
     """
@@ -81,18 +82,18 @@ def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> Non
         found: Found; its scores are overwritten. scale: softmax scale.
         outside: (g,) natural log-sum-exp over the keys that are read anyway.
     """
-    g = found.scores.shape[1]
+    g = found.shifts.shape[1]
     for s in range(shards):
         work.rest[s] = 0.0
     for i in range(g):
         top = outside[i]
         for s in range(shards):
             if found.counts[s] > 0:
-                top = max(top, (found.scores[s, i, 0] + found.shifts[s, i]) * scale)
+                top = max(top, (found.scores[s, i * found.counts[s]] + found.shifts[s, i]) * scale)
         total = np.exp(outside[i] - top)
         for s in range(shards):
             count, shift = found.counts[s], found.shifts[s, i]
-            scores = found.scores[s, i]
+            scores = found.scores[s, i * count : (i + 1) * count]
             for c in range(count):
                 scores[c] = (scores[c] + shift) * scale - top
             exp_in_place(scores, count, work.exp_bits, work.exp_scale)
@@ -105,7 +106,7 @@ def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> Non
                 total += scores[count - 1] * REST * left
         for s in range(shards):
             count, first = found.counts[s], found.firsts[s]
-            scores, ids = found.scores[s, i], found.ids[s, i]
+            scores, ids = found.scores[s, i * count : (i + 1) * count], found.ids[s, i * count : (i + 1) * count]
             floor = np.float32(0.0)
             if found.sizes[s] > count:
                 floor = scores[count - 1] * REST / total

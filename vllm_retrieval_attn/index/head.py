@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import Found
+from vllm_retrieval_attn.index.rows import jit
 from vllm_retrieval_attn.index.shard import BLOCK, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
 
@@ -21,6 +22,12 @@ SLACK = 1.5
 """A shard gives so many times its share of the candidates: the best keys do not lie evenly."""
 MOST = 1024
 """Candidates that a shard is asked for at most: beyond, Faiss takes more than twice as long."""
+
+
+@jit
+def wanted(size: int, keys: int, candidates: int) -> int:
+    """How many of ``candidates`` for ``keys`` keys a shard of ``size`` keys is asked for."""
+    return min(size, MOST, int(candidates * min(1.0, SLACK * size / keys)) + 1)
 
 
 class _Moments:
@@ -51,13 +58,20 @@ class HeadIndex:
 
     Args:
         space: of this KV head, without the first axis (sketch/space.py).
+
+    Attributes:
+        shards: of the keys so far. addresses: where compiled code finds what it needs (workers/units.py): Faiss's
+            objects (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
+            queries (d, d) float32, and its mean (d,) float32.
     """
 
     def __init__(self, space: Space) -> None:
-        self._space = space
+        parts = (np.ascontiguousarray(part, np.float32) for part in (space.mean, space.keys, space.queries))
+        self._space = Space(*parts)
         self._dim = len(space.mean)
         self._moments = _Moments(self._dim)
         self.shards: list[Shard] = []
+        self.addresses = (0, 0, 0, 0, 0)
 
     @property
     def size(self) -> int:
@@ -82,6 +96,7 @@ class HeadIndex:
         while done < len(places):
             if not self.shards or self.shards[-1].size == SHARD_TOKENS:
                 self.shards.append(Shard(self._moments.mean, self._moments.deviation))
+                self._publish()
             last = self.shards[-1]
             part = places[done : done + (SHARD_TOKENS - last.size) // BLOCK]
             known = REFERENCE // BLOCK if len(self.shards) == 1 and last.size == 0 else 0
@@ -89,14 +104,20 @@ class HeadIndex:
             self._moments.add(part[known:])
             done += len(part)
 
+    def _publish(self) -> None:
+        held = (
+            np.array([shard.address for shard in self.shards], np.int64),
+            np.stack([shard.mean for shard in self.shards]),
+            np.stack([shard.deviation for shard in self.shards]),
+            self._space.queries,
+            self._space.mean,
+        )
+        self._held = held  # arrays live as long as their addresses are known
+        self.addresses = tuple(part.ctypes.data for part in held)  # type: ignore[assignment]  # five of them
+
     def turn(self, queries: Floats) -> tuple[Floats, Floats]:
         """(g, d) queries among the coordinates, and (g,) what the space's mean adds to every inner product."""
         return queries @ self._space.queries.T, queries @ self._space.mean
-
-    def wanted(self, shard: int, candidates: int) -> int:
-        """How many of ``candidates`` a shard is asked for."""
-        size, keys = self.shards[shard].size, self.size
-        return min(size, MOST, int(candidates * min(1.0, SLACK * size / keys)) + 1)
 
     def search(self, number: int, turned: Floats, shift: Floats, candidates: int, found: Found) -> int:
         """Put the best keys of a shard for each query head into ``found``; returns how many of each.
@@ -104,15 +125,21 @@ class HeadIndex:
         Args:
             turned, shift: as :meth:`turn` gives them.
         """
-        shard = self.shards[number]
-        k = self.wanted(number, candidates)
+        shard, group = self.shards[number], len(turned)
+        k = wanted(shard.size, self.size, candidates)
         found.counts[number], found.firsts[number], found.sizes[number] = k, number * SHARD_TOKENS, shard.size
         found.shifts[number] = shift + turned @ shard.mean
-        shard.search(turned * shard.deviation, found.scores[number, :, :k], found.ids[number, :, :k])
+        shard.search(turned * shard.deviation, *best_of(found, number, group))
         return k
+
+
+def best_of(found: Found, shard: int, group: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """(g, k) scores and (g, k) ids of a shard's candidates, as views."""
+    k = int(found.counts[shard])
+    return found.scores[shard, : group * k].reshape(group, k), found.ids[shard, : group * k].reshape(group, k)
 
 
 def found_for(shards: int, group: int, k: int) -> Found:
     """Empty candidates of ``shards`` shards and ``group`` query heads, up to ``k`` of each."""
-    scores, ids = np.zeros((shards, group, k), np.float32), np.zeros((shards, group, k), np.int64)
+    scores, ids = np.zeros((shards, group * k), np.float32), np.zeros((shards, group * k), np.int64)
     return Found(scores, ids, np.zeros((shards, group), np.float32), *np.zeros((3, shards), np.int64))

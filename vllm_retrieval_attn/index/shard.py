@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from vllm_retrieval_attn.index.native import object_address
 from vllm_retrieval_attn.index.packing import STEP, pack
 from vllm_retrieval_attn.sketch.space import Floats
 
@@ -37,6 +38,11 @@ class Shard:
         self._index: Any = faiss.IndexPQFastScan(dim, dim, 4, faiss.METRIC_INNER_PRODUCT)
         faiss.copy_array_to_vector(np.tile(LEVELS, dim), self._index.pq.centroids)
         self._index.is_trained = True
+
+    @property
+    def address(self) -> int:
+        """Of Faiss's object, see index/native.py."""
+        return object_address(self._index)
 
     @property
     def size(self) -> int:
@@ -68,10 +74,4 @@ class Shard:
             queries: (g, d), scaled by :attr:`deviation`. scores, ids: (g, k) written: estimated inner products with the
                 shifted keys, descending, and numbers of keys; k is at most :attr:`size`.
         """
-        _, k = scores.shape
-        if scores.flags.c_contiguous and ids.flags.c_contiguous:
-            self._index.search_c(
-                len(queries), _faiss.swig_ptr(queries), k, _faiss.swig_ptr(scores), _faiss.swig_ptr(ids), None
-            )
-            return
-        scores[:], ids[:] = self._index.search(queries, k)
+        self._index.search(np.ascontiguousarray(queries), scores.shape[1], D=scores, I=ids)

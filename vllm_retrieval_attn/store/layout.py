@@ -25,11 +25,9 @@ WORD_GROWTH = 4
 """Raised whenever a slot has more to index."""
 FIXED_WORDS = 5
 
-# per lane: done, sleeping, client waits for it; per actor: pid, probes done
-LANE_DONE, LANE_SLEEPING, LANE_AWAITED = 0, 1, 2
-LANE_WORDS = 3
-ACTOR_PID, ACTOR_PROBES = 0, 1
-ACTOR_WORDS = 2
+# per actor: message done, sleeping, client waits for it, pid, probes done
+ACTOR_DONE, ACTOR_SLEEPING, ACTOR_AWAITED, ACTOR_PID, ACTOR_PROBES = range(5)
+ACTOR_WORDS = 5
 
 # int64 numbers of a page table's owner
 SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE = range(3)
@@ -48,7 +46,7 @@ units of TAU_UNIT), and the request's seed. Row r of the message has row r of th
 ROW_FIELDS = 8
 TAU_UNIT = 1e-12
 
-# int64 numbers per lane: nanoseconds of the last search, keys scored by code, rows read
+# int64 numbers per actor: nanoseconds of the last search, keys scored by code, rows read
 STAT_NS, STAT_CODES, STAT_ROWS = 0, 1, 2
 STAT_FIELDS = 3
 
@@ -104,12 +102,8 @@ class Layout:
         return self.heads // self.kv_heads
 
     @property
-    def lanes(self) -> int:
-        return self.actors * self.threads
-
-    @property
     def words(self) -> int:
-        return FIXED_WORDS + self.lanes * LANE_WORDS + self.actors * ACTOR_WORDS
+        return FIXED_WORDS + self.actors * ACTOR_WORDS
 
     @property
     def actor_heads(self) -> int:
@@ -147,7 +141,7 @@ class Layout:
             "words": self.words * LINE,
             "tables": self.max_rows * self.table_pages * 8,
             "slots": self.max_rows * SLOT_FIELDS * 8,
-            "numbers": (MSG_HEADER + self.max_rows * ROW_FIELDS + self.lanes * STAT_FIELDS) * 8,
+            "numbers": (MSG_HEADER + self.max_rows * ROW_FIELDS + self.actors * STAT_FIELDS) * 8,
             "queries": self.max_rows * self.heads * self.dim * self.itemsize,
             "outside": self.max_rows * self.heads * 4,
             "read": self.max_rows * self.kv_heads * 4,

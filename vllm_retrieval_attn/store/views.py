@@ -12,7 +12,6 @@ from vllm_retrieval_attn.store.layout import (
     ACTOR_WORDS,
     FIDELITY_FIELDS,
     FIXED_WORDS,
-    LANE_WORDS,
     LINE,
     MSG_HEADER,
     ROW_FIELDS,
@@ -28,7 +27,7 @@ Array = npt.NDArray[Any]
 class Views:
     """Arrays over one rank's shared file.
 
-    The vLLM worker writes all but ``stats``, ``read``, ``partials``, ``chosen``, ``fidelity`` and lanes' words.
+    The vLLM worker writes all but ``stats``, ``read``, ``partials``, ``chosen``, ``fidelity`` and actors' words.
 
     Attributes:
         words: (words,) int32 polled words, strided to one a cache line.
@@ -54,7 +53,7 @@ class Views:
         self.header: Array = numbers[:MSG_HEADER]
         rows_end = MSG_HEADER + lay.max_rows * ROW_FIELDS
         self.rows: Array = numbers[MSG_HEADER:rows_end].reshape(lay.max_rows, ROW_FIELDS)
-        self.stats: Array = numbers[rows_end:].reshape(lay.lanes, STAT_FIELDS)
+        self.stats: Array = numbers[rows_end:].reshape(lay.actors, STAT_FIELDS)
         self.queries: Array = self._part("queries", np.uint8)
         self.outside: Array = self._part("outside", np.float32).reshape(lay.max_rows, lay.heads)
         self.read: Array = self._part("read", np.int32).reshape(lay.max_rows, lay.kv_heads)
@@ -79,13 +78,9 @@ class Views:
         found: Array = self._raw[offset : offset + size].view(dtype)
         return found
 
-    def lane_word(self, lane: int, which: int) -> int:
-        """Index into ``words`` of a lane's word."""
-        return FIXED_WORDS + lane * LANE_WORDS + which
-
     def actor_word(self, actor: int, which: int = ACTOR_PID) -> int:
         """Index into ``words`` of an actor's word; ACTOR_PID is 0 while it is not attached."""
-        return FIXED_WORDS + self._layout.lanes * LANE_WORDS + actor * ACTOR_WORDS + which
+        return FIXED_WORDS + actor * ACTOR_WORDS + which
 
     def probing(self) -> bool:
         """Whether a probe has been handed over that not all actors are done with."""

@@ -11,10 +11,10 @@ from threadpoolctl import ThreadpoolController
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.grower import Grower
 from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.lane import Lane
-from vllm_retrieval_attn.workers.message import Worktop
 from vllm_retrieval_attn.workers.prober import Prober
 
 
@@ -48,8 +48,8 @@ class SearchActor:
         self._file = SharedFile.attach(setup.path)
         views = self._views = Views(layout, self._file.map)
         indexes = Indexes(layout, views, actor)
-        top = Worktop(layout, views, indexes, setup.scale, setup.candidates)
-        self._lanes = [Lane(layout, views, top, actor, t, setup.spin_ns) for t in range(layout.threads)]
+        desk = Desk(layout, views, indexes, setup.scale, setup.candidates)
+        self._lanes = [Lane(layout, views, desk, actor, t, setup.spin_ns) for t in range(layout.threads)]
         for lane in self._lanes:
             lane.start()
         for lane in self._lanes:

@@ -19,8 +19,8 @@ from vllm_retrieval_attn.store.layout import (
     Layout,
 )
 from vllm_retrieval_attn.store.views import Views
-from vllm_retrieval_attn.workers.message import FAILED
-from vllm_retrieval_attn.workers.signals import await_lanes, raise_seq
+from vllm_retrieval_attn.workers.desk import FAILED
+from vllm_retrieval_attn.workers.signals import await_actors, raise_seq
 
 _SLICE_NS = 100_000_000
 """How long to wait for an answer before looking whether the actors still live."""
@@ -59,7 +59,7 @@ class RingClient:
         views.header[MSG_LAYER], views.header[MSG_ROWS], views.header[MSG_PROBE] = layer, len(rows), probe
         views.rows[: len(rows)] = rows
         self._seq = self._seq % 0x3FFFFFFF + 1
-        raise_seq(views.words, self._address, self._layout.lanes, self._seq)
+        raise_seq(views.words, self._address, self._layout.actors, self._seq)
 
     def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         """Wait for the answer to the last :meth:`post`.
@@ -75,7 +75,7 @@ class RingClient:
         """
         lay, views = self._layout, self._views
         since = time.monotonic()
-        while await_lanes(views.words, self._address, lay.lanes, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
+        while await_actors(views.words, self._address, lay.actors, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
             since = self._revive(since)
         rows = len(out)
         partials = views.partials[:rows]
@@ -89,7 +89,7 @@ class RingClient:
         self._views.header[MSG_ROWS] = 0
 
     def search_stats(self) -> tuple[float, int, int]:
-        """Seconds of the slowest lane, keys scored by code, and rows read, of the last message."""
+        """Seconds of the slowest actor, keys scored by code, and rows read, of the last message."""
         stats: Any = self._views.stats
         return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_CODES].sum()), int(stats[:, STAT_ROWS].sum())
 

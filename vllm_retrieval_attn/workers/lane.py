@@ -1,4 +1,4 @@
-"""One search thread of an actor: waits for messages and does units of them (workers/message.py)."""
+"""The threads of an actor: the first one leads, the others follow (workers/units.py)."""
 
 import threading
 import time
@@ -10,8 +10,9 @@ import numpy as np
 from vllm_retrieval_attn.store.layout import STAT_CODES, STAT_NS, STAT_ROWS, WORD_CLIENT_PID, WORD_STOP, Layout
 from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
-from vllm_retrieval_attn.workers.message import LaneScratch, Worktop
+from vllm_retrieval_attn.workers.desk import CODES, ROWS, Desk
 from vllm_retrieval_attn.workers.signals import await_message, finish_message
+from vllm_retrieval_attn.workers.units import close_desk, do_units, follow, lane_memory, open_desk, turn_queries
 
 SLICE_NS = 500_000_000
 """How long a lane serves before it looks whether its client still lives."""
@@ -23,23 +24,32 @@ class Lane(threading.Thread):
     """Serves messages until the client stops the ring or dies.
 
     Args:
-        layout, views: the shared file of the rank. top: of the actor.
-        actor, thread: which lane this is.
+        layout, views: the shared file of the rank. desk: of the actor.
+        actor, thread: which lane this is; 0 leads.
         spin_ns: how long to yield after a message before sleeping.
     """
 
-    def __init__(self, layout: Layout, views: Views, top: Worktop, actor: int, thread: int, spin_ns: int) -> None:
+    def __init__(self, layout: Layout, views: Views, desk: Desk, actor: int, thread: int, spin_ns: int) -> None:
         super().__init__(name=f"retrieval-lane-{actor}.{thread}", daemon=True)
-        self._layout, self._views, self._top = layout, views, top
-        self._lane = actor * layout.threads + thread
+        self._views, self._desk, self._actor, self._leads = views, desk, actor, thread == 0
         self._spin_ns = spin_ns
+        self._memory = lane_memory(layout)
+        self._timeout = np.array(SLEEP, np.int64)
         self.ready = threading.Event()
         """Set once the lane has looked for a message: compiled and serving."""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._serve()
+            faiss.omp_set_num_threads(1)  # counts for the calling thread alone
+            serve = self._lead if self._leads else self._follow
+            slice_ns = 0
+            for _ in self._while_client_lives():
+                serve(time.monotonic_ns() + slice_ns)
+                slice_ns = SLICE_NS
+                self.ready.set()
+                if self._views.words[WORD_STOP]:
+                    return
         except BaseException as error:
             self.error = error
             raise
@@ -52,23 +62,32 @@ class Lane(threading.Thread):
         while started is not None and process_start(client) == started:
             yield
 
-    def _serve(self) -> None:
-        faiss.omp_set_num_threads(1)  # counts for the calling thread alone
-        words, lane, scratch = self._views.words, self._lane, LaneScratch(self._layout)
-        timeout = np.array(SLEEP, np.int64)
-        slice_ns = 0
-        for _ in self._while_client_lives():
-            until = time.monotonic_ns() + slice_ns
-            seq = await_message(words, words.ctypes.data, lane, self._spin_ns, until, timeout)
-            while seq >= 0:
-                begin = time.monotonic_ns()
-                codes, rows = self._top.message(seq).serve(scratch)
-                stats = self._views.stats[lane]
-                stats[STAT_CODES], stats[STAT_ROWS] = codes, rows
-                stats[STAT_NS] = time.monotonic_ns() - begin
-                finish_message(words, words.ctypes.data, lane, seq)
-                seq = await_message(words, words.ctypes.data, lane, self._spin_ns, until, timeout)
-            slice_ns = SLICE_NS
-            self.ready.set()
-            if words[WORD_STOP]:
+    def _follow(self, until_ns: int) -> None:
+        desk = self._desk
+        follow(desk.numbers, desk.geometry, desk.shared, self._memory, self._spin_ns, until_ns, self._timeout)
+
+    def _lead(self, until_ns: int) -> None:
+        words = self._views.words
+        if not self.ready.is_set():
+            self._compile()
+        while True:
+            seq = await_message(words, words.ctypes.data, self._actor, self._spin_ns, until_ns, self._timeout)
+            if seq < 0:
                 return
+            begin = time.monotonic_ns()
+            desk, stats = self._desk, self._views.stats[self._actor]
+            desk.lay_out()
+            turn_queries(desk.numbers, desk.geometry, desk.shared)
+            open_desk(desk.numbers, seq)
+            do_units(desk.numbers, desk.geometry, desk.shared, self._memory)
+            close_desk(desk.numbers)
+            stats[STAT_CODES], stats[STAT_ROWS] = desk.numbers[CODES], desk.numbers[ROWS]
+            stats[STAT_NS] = time.monotonic_ns() - begin
+            finish_message(words, words.ctypes.data, self._actor, seq)
+
+    def _compile(self) -> None:
+        """Have everything compiled, or loaded, before the first message, by a desk on which nothing lies."""
+        desk = self._desk
+        turn_queries(desk.numbers, desk.geometry, desk.shared)
+        do_units(desk.numbers, desk.geometry, desk.shared, self._memory)
+        close_desk(desk.numbers)

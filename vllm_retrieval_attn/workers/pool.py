@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from vllm_retrieval_attn.core.config import ResolvedConfig
-from vllm_retrieval_attn.store.layout import LANE_DONE, WORD_CLIENT_PID, WORD_SEQ, WORD_STOP, Layout
+from vllm_retrieval_attn.store.layout import ACTOR_DONE, WORD_CLIENT_PID, WORD_SEQ, WORD_STOP, Layout
 from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.actor import ActorSetup
@@ -197,8 +197,7 @@ class ActorPool:
 
         words, seq = self._views.words, int(self._views.words[WORD_SEQ])
         for actor in range(self._layout.actors):
-            lanes = range(actor * self._layout.threads, (actor + 1) * self._layout.threads)
-            if actor in self._pending or all(int(words[self._views.lane_word(i, LANE_DONE)]) == seq for i in lanes):
+            if actor in self._pending or int(words[self._views.actor_word(actor, ACTOR_DONE)]) == seq:
                 continue
             logger.error(
                 "retrieval: CPU worker %d has not answered for %.0f s; replacing it",
