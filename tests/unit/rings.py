@@ -32,7 +32,7 @@ from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.client import RingClient
 from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
-from vllm_retrieval_attn.workers.lane import Lane
+from vllm_retrieval_attn.workers.lane import LEADER, Lane
 
 CANDIDATES = 256
 
@@ -76,7 +76,7 @@ class Ring:
 
     def start_all(self) -> None:
         for actor in range(self.layout.actors):
-            for thread in range(self.layout.threads):
+            for thread in (*range(self.layout.threads), LEADER):
                 self.start(actor, thread)
 
     def stop_lanes(self) -> None:
@@ -170,7 +170,7 @@ class Ring:
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(got_lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
-    def child_arguments(self, actor: int, thread: int, spin_ns: int) -> list[str]:
-        """Command line that serves a lane in a process of its own."""
-        place = {"layout": asdict(self.layout), "actor": actor, "thread": thread, "scale": self.scale, "spin": spin_ns}
+    def child_arguments(self, actor: int, spin_ns: int) -> list[str]:
+        """Command line that serves an actor in a process of its own."""
+        place = {"layout": asdict(self.layout), "actor": actor, "scale": self.scale, "spin": spin_ns}
         return [sys.executable, "-m", "tests.unit.lane_process", self.file.path, json.dumps(place)]

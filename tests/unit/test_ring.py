@@ -15,6 +15,7 @@ from tests.unit.layouts import DTYPES, make_layout
 from tests.unit.rings import Ring
 from vllm_retrieval_attn.store.layout import ROW_GENERATION, ROW_LIMIT, SLOT_GENERATION, WORD_CLIENT_PID
 from vllm_retrieval_attn.workers.client import WorkersUnavailable
+from vllm_retrieval_attn.workers.lane import LEADER
 
 
 @pytest.fixture
@@ -70,9 +71,9 @@ def test_many_messages_in_a_row_are_answered(rings):
 
 def test_a_leader_that_starts_late_is_waited_for(rings):
     ring = rings(make_layout(threads=3, kv_heads=2))
-    ring.start(0, 1)
-    ring.start(0, 2)
-    late = threading.Timer(0.5, ring.start, (0, 0))
+    for thread in range(3):
+        ring.start(0, thread)
+    late = threading.Timer(0.5, ring.start, (0, LEADER))
     ring.check(1, [300, 7, 64], before_collect=late.start)
     late.join()
     assert 2 <= ring.revived <= 10  # about every 100 ms
@@ -91,12 +92,13 @@ def test_a_restarted_lane_answers_what_its_dead_predecessor_did_not(rings):
 
 def test_a_killed_process_is_replaced_by_one_that_answers(rings):
     ring = rings(make_layout(actors=2, kv_heads=2))
+    ring.start(0, LEADER)
     ring.start(0, 0)
     children = []
 
     def launch():
         if not children or children[-1].poll() is not None:
-            children.append(subprocess.Popen(ring.child_arguments(1, 0, 50_000)))
+            children.append(subprocess.Popen(ring.child_arguments(1, 50_000)))
 
     launch()
     try:
@@ -145,30 +147,31 @@ def test_lanes_leave_when_their_client_is_gone(rings):
     ring = rings(make_layout())
     client = subprocess.Popen(["sleep", "60"])
     ring.views.words[WORD_CLIENT_PID] = client.pid
-    lane = ring.start(0, 0)
+    ring.start_all()
     ring.check(0, [10])
-    assert lane.is_alive()
+    assert all(lane.is_alive() for lane in ring.lanes)
     client.kill()
     client.wait()
-    lane.join(timeout=3)
-    assert not lane.is_alive()
+    for lane in ring.lanes:
+        lane.join(timeout=3)
+        assert not lane.is_alive()
 
 
-def test_an_idle_lane_uses_less_than_5_percent_of_a_core(rings):
-    ring = rings(make_layout())
-    lane = ring.start(0, 0)
+def test_idle_lanes_use_less_than_5_percent_of_a_core(rings):
+    ring = rings(make_layout(threads=2))
+    ring.start_all()
     ring.check(0, [100])
     time.sleep(0.1)
-    clock = time.pthread_getcpuclockid(lane.ident)
-    before = time.clock_gettime(clock)
+    clocks = [time.pthread_getcpuclockid(lane.ident) for lane in ring.lanes]
+    before = sum(map(time.clock_gettime, clocks))
     time.sleep(1.0)
-    assert time.clock_gettime(clock) - before < 0.05
+    assert sum(map(time.clock_gettime, clocks)) - before < 0.05
 
 
 def test_a_lane_that_polls_for_long_does_not_grow_its_stack(rings):
     """In a child, since the fault of old was a crash: an alloca in the polling loop."""
     ring = rings(make_layout())
-    child = subprocess.Popen(ring.child_arguments(0, 0, 10**15))
+    child = subprocess.Popen(ring.child_arguments(0, 10**15))
     try:
         ring.check(0, [100], 1)
         with pytest.raises(subprocess.TimeoutExpired):

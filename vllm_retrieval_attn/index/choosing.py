@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from vllm_retrieval_attn.index.rows import exp_in_place, jit
 from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE
@@ -17,6 +20,8 @@ REST = np.float32(0.3)
 """Weight of a key that is no candidate, as a share of the last candidate's: the smallest error on captures, flat
 between 0.2 and 0.5 (docs/index.md)."""
 BINS = 1 << (32 - BIN_SHIFT)
+WORD = 64
+"""Keys of a word of marks; shards begin with a word."""
 
 
 class Found(NamedTuple):
@@ -42,11 +47,13 @@ class ChoiceScratch(NamedTuple):
 
     Attributes:
         extra: (keys,) float32, what a candidate weighs beyond the keys that are none; zeros between uses.
+        marks: (keys / 64,) uint64, a bit for each candidate; zeros between uses.
         counts, sums: (BINS,) int64 and float64. exp_bits, exp_scale: (k,) int32 and its float32 view.
         rest: (shards,) float32. ids, log_pi: (chosen,) int64 and float32, the result.
     """
 
     extra: npt.NDArray[np.float32]
+    marks: npt.NDArray[np.uint64]
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
     exp_bits: npt.NDArray[np.int32]
@@ -60,9 +67,20 @@ def choice_scratch(keys: int, shards: int, k: int, most: int) -> ChoiceScratch:
     """Memory for ``keys`` keys in ``shards`` shards, ``k`` candidates a head and shard, ``most`` rows chosen."""
     exp_bits = np.zeros(k, np.int32)
     return ChoiceScratch(
-        np.zeros(keys, np.float32), np.zeros(BINS, np.int64), np.zeros(BINS), exp_bits, exp_bits.view(np.float32),
-        np.zeros(shards, np.float32), np.zeros(most, np.int64), np.zeros(most, np.float32),
+        np.zeros(keys, np.float32), np.zeros(-(-keys // WORD) + 1, np.uint64), np.zeros(BINS, np.int64), np.zeros(BINS),
+        exp_bits, exp_bits.view(np.float32), np.zeros(shards, np.float32), np.zeros(most, np.int64),
+        np.zeros(most, np.float32),
     )  # fmt: skip
+
+
+@intrinsic
+def _lowest_bit(typingctx: Any, word: Any) -> Any:
+    """Number of the lowest bit set of an uint64 that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
 
 
 @jit
@@ -72,6 +90,12 @@ def mixed(state: Any, value: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+@jit
+def seed_of(request_seed: int, position: int, layer: int, head: int) -> Any:
+    """As sketch/sampling.py's."""
+    return mixed(mixed(mixed(mixed(np.uint64(0), request_seed), position), layer), head)
 
 
 @jit
@@ -111,7 +135,9 @@ def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> Non
             if found.sizes[s] > count:
                 floor = scores[count - 1] * REST / total
             for c in range(count):
-                work.extra[first + ids[c]] += scores[c] / total - floor
+                key = first + ids[c]
+                work.extra[key] += scores[c] / total - floor
+                work.marks[key // WORD] |= np.uint64(1) << np.uint64(key % WORD)
             work.rest[s] += floor
 
 
@@ -128,10 +154,12 @@ def raised_tau(found: Any, shards: int, rows: int, tau: float, work: Any) -> flo
     for s in range(shards):
         first, size, floor = found.firsts[s], found.sizes[s], work.rest[s]
         candidates = 0
-        extra = work.extra[first : first + size]
-        for t in range(size):
-            if extra[t] != 0.0:
-                one[0] = extra[t] + floor
+        for word in range(first // WORD, (first + size + WORD - 1) // WORD):
+            marks = work.marks[word]
+            while marks != 0:
+                bit = _lowest_bit(marks)
+                marks &= marks - np.uint64(1)
+                one[0] = work.extra[word * WORD + bit] + floor
                 b = bits[0] >> np.uint32(BIN_SHIFT)
                 counts[b] += 1
                 sums[b] += one[0]
@@ -166,54 +194,62 @@ def _chance(weight: Any, tau: Any) -> Any:
 
 
 @jit
+def _draw_alike(start: int, count: int, place: int, chance: int, log_chance: Any, n: int, work: Any) -> int:
+    """Draw among ``count`` keys of one chance, from key ``start`` on; returns how many rows are chosen by then."""
+    mark = (place >> BITS) + 1
+    t = ((mark << BITS) - place + chance - 1) // chance - 1
+    while t < count:
+        if n == len(work.ids):
+            return -1
+        work.ids[n], work.log_pi[n] = start + t, log_chance
+        n += 1
+        mark += 1
+        t = ((mark << BITS) - place + chance - 1) // chance - 1
+    return n
+
+
+@jit
+def _log(chance: int) -> Any:
+    return np.float32(np.log(np.float64(chance)) - BITS * np.log(2.0))
+
+
+@jit
 def draw(found: Any, shards: int, tau: float, seed: Any, work: Any) -> int:
     """Rows chosen, into ``work.ids`` and ``work.log_pi``; returns how many, -1 if those can not hold them. Clears
-    ``work.extra``.
+    ``work.extra`` and ``work.marks``.
 
     Tiles are numbered over all keys, so shards must hold whole tiles, but for the last.
     """
     n = 0
     low = np.float32(tau)
-    most = len(work.ids)
-    log_one = np.float32(BITS * np.log(2.0))
     for s in range(shards):
         first, size = found.firsts[s], found.sizes[s]
         rest = _chance(work.rest[s], low)
-        log_rest = np.float32(np.log(np.float64(rest))) - log_one
+        log_rest = _log(rest)
         for start in range(first, first + size, TILE):
-            m = min(TILE, first + size - start)
-            extra = work.extra[start : start + m]
-            offset = np.int64(mixed(seed, start // TILE) >> np.uint64(64 - BITS))
-            best = np.float32(0.0)
-            for t in range(m):
-                best = max(best, abs(extra[t]))
-            if best == 0.0:
-                mark = ONE - offset
-                t = (mark + rest - 1) // rest - 1
-                while t < m:
-                    if n == most:
-                        work.extra[:] = 0.0
-                        return -1
-                    work.ids[n], work.log_pi[n] = start + t, log_rest
-                    n += 1
-                    mark += ONE
-                    t = (mark + rest - 1) // rest - 1
-                continue
-            place = offset
-            for t in range(m):
-                chance = rest
-                if extra[t] != 0.0:
-                    chance = _chance(extra[t] + work.rest[s], low)
-                    extra[t] = 0.0
-                after = place + chance
-                if after >> BITS != place >> BITS:
-                    if n == most:
-                        work.extra[:] = 0.0
-                        return -1
-                    work.ids[n] = start + t
-                    work.log_pi[n] = np.float32(np.log(np.float64(chance))) - log_one
-                    n += 1
-                place = after
+            end = min(start + TILE, first + size)
+            place = np.int64(mixed(seed, start // TILE) >> np.uint64(64 - BITS))
+            at = start
+            for word in range(start // WORD, (end + WORD - 1) // WORD):
+                marks = work.marks[word]
+                work.marks[word] = 0
+                while marks != 0:
+                    key = word * WORD + _lowest_bit(marks)
+                    marks &= marks - np.uint64(1)
+                    after = place + (key - at) * rest
+                    if after >> BITS != place >> BITS and n >= 0:
+                        n = _draw_alike(at, key - at, place, rest, log_rest, n, work)
+                    chance = _chance(work.extra[key] + work.rest[s], low)
+                    work.extra[key] = 0.0
+                    place, at = after + chance, key + 1
+                    if place >> BITS != after >> BITS and n >= 0:
+                        if n == len(work.ids):
+                            n = -1
+                        else:
+                            work.ids[n], work.log_pi[n] = key, _log(chance)
+                            n += 1
+            if (place + (end - at) * rest) >> BITS != place >> BITS and n >= 0:
+                n = _draw_alike(at, end - at, place, rest, log_rest, n, work)
     return n
 
 

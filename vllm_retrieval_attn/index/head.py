@@ -60,8 +60,8 @@ class HeadIndex:
         space: of this KV head, without the first axis (sketch/space.py).
 
     Attributes:
-        shards: of the keys so far. addresses: where compiled code finds what it needs (workers/units.py): Faiss's
-            objects (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
+        size: keys indexed. shards: of them.
+        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
             queries (d, d) float32, and its mean (d,) float32.
     """
 
@@ -72,11 +72,7 @@ class HeadIndex:
         self._moments = _Moments(self._dim)
         self.shards: list[Shard] = []
         self.addresses = (0, 0, 0, 0, 0)
-
-    @property
-    def size(self) -> int:
-        """Keys indexed."""
-        return SHARD_TOKENS * (len(self.shards) - 1) + self.shards[-1].size if self.shards else 0
+        self.size = 0
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +99,7 @@ class HeadIndex:
             last.append(part.reshape(-1, self._dim))
             self._moments.add(part[known:])
             done += len(part)
+            self.size += len(part) * BLOCK
 
     def _publish(self) -> None:
         held = (

@@ -14,7 +14,7 @@ from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.grower import Grower
 from vllm_retrieval_attn.workers.indexes import Indexes
-from vllm_retrieval_attn.workers.lane import Lane
+from vllm_retrieval_attn.workers.lane import LEADER, Lane
 from vllm_retrieval_attn.workers.prober import Prober
 
 
@@ -49,7 +49,7 @@ class SearchActor:
         views = self._views = Views(layout, self._file.map)
         indexes = Indexes(layout, views, actor)
         desk = Desk(layout, views, indexes, setup.scale, setup.candidates)
-        self._lanes = [Lane(layout, views, desk, actor, t, setup.spin_ns) for t in range(layout.threads)]
+        self._lanes = [Lane(layout, views, desk, actor, t, setup.spin_ns) for t in (LEADER, *range(layout.threads))]
         for lane in self._lanes:
             lane.start()
         for lane in self._lanes:

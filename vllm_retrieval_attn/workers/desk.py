@@ -1,7 +1,7 @@
 """One message's work in an actor, laid out in the actor's own memory for compiled code.
 
 A *task* is a (row, KV head). Its *units* are the shards of its index to search or, where nothing is indexed, pieces of
-its rows to attend to exactly. The leading thread of an actor lays them out, all its threads do them (workers/units.py).
+its rows to attend to exactly. The leading thread of an actor lays them out, the others do them (workers/units.py).
 """
 
 import logging
@@ -14,7 +14,6 @@ from vllm_retrieval_attn.index.head import MOST
 from vllm_retrieval_attn.index.native import search_address
 from vllm_retrieval_attn.index.rows import Memory, memory_of
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
-from vllm_retrieval_attn.sketch.sampling import seed_of
 from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
     MSG_PROBE,
@@ -42,23 +41,23 @@ EXACT_PIECE = 4096
 
 # int64 numbers of a task
 (
-    TASK_ROW, TASK_HEAD, TASK_LAYER, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_BASE, TASK_LIMIT, TASK_SEED,
-    TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_MEANS, TASK_DEVIATIONS,
+    TASK_ROW, TASK_HEAD, TASK_LAYER, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_BASE, TASK_LIMIT, TASK_POSITION,
+    TASK_SEED, TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_MEANS, TASK_DEVIATIONS,
     TASK_TURN, TASK_CENTRE,
-) = range(19)  # fmt: skip
+) = range(20)  # fmt: skip
 """Row of the message, KV head and layer; host tokens, and how many are indexed; page table; element of a page where the
-head's rows begin; rows to read; seed of the draw; whether its choice is kept; first unit and their number; how many are
-done; whether it failed; addresses, as HeadIndex has them."""
-TASK_FIELDS = 19
+head's rows begin; rows to read; position and the request's seed; whether its choice is kept; first unit and their
+number; how many are done; whether it failed; addresses, as HeadIndex has them."""
+TASK_FIELDS = 20
 UNIT_TASK, UNIT_NUMBER = 0, 1
 
 # int64 numbers of the desk: counters in lines of their own, then addresses and sizes of the arrays
-NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS = (8 * number for number in range(7))
+NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED = (8 * number for number in range(9))
 """Next unit; threads that may look at the arrays; tasks left; keys scored and rows read; the message that is open, 0:
-none; threads that sleep until there is one."""
-TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, CENTRES_AT = range(64, 72)
-SCORES_AT, IDS_AT, SHIFTS_AT, COUNTS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(72, 79)
-DESK_NUMBERS = 80
+none; threads that sleep until there is one; next task whose queries are to be turned, and how many are not yet."""
+TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, CENTRES_AT = range(80, 88)
+SCORES_AT, IDS_AT, SHIFTS_AT, COUNTS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(88, 95)
+DESK_NUMBERS = 96
 
 
 class Geometry(NamedTuple):
@@ -71,6 +70,7 @@ class Geometry(NamedTuple):
     pages: int
     page_tokens: int
     page_elements: int
+    first_head: int
     scale: np.float32
     candidates: int
     search: int
@@ -104,7 +104,7 @@ class Desk:
         self.numbers = np.zeros(DESK_NUMBERS, np.int64)
         self.geometry = Geometry(
             layout.group, layout.dim, layout.kv_heads, layout.pages, layout.page_tokens,
-            layout.page_bytes // layout.itemsize, np.float32(scale), candidates, search_address(),
+            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates, search_address(),
         )  # fmt: skip
         self.shared = Shared(
             indexes.memory, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
@@ -128,8 +128,7 @@ class Desk:
         self._units = np.zeros((units, 2), np.int64)
         self._held = [
             self._tasks, self._taus, self._units,
-            np.zeros((tasks, group, dim), np.float32), np.zeros((tasks, group, dim), np.float32),
-            np.zeros((tasks, group), np.float32),
+            *np.zeros((2, tasks, group, dim), np.float32), np.zeros((tasks, group), np.float32),
             np.zeros((units, group * MOST), np.float32), np.zeros((units, group * MOST), np.int64),
             np.zeros((units, group), np.float32), *np.zeros((3, units), np.int64),
             np.zeros((units, group, dim + 2), np.float32),
@@ -145,23 +144,26 @@ class Desk:
         units = np.where(indexed > 0, -(-indexed // SHARD_TOKENS), np.maximum(1, -(-tokens // EXACT_PIECE)))
         self._reserve(len(rows) * len(heads), int(units.sum()) * len(heads))
         layer, probe = int(views.header[MSG_LAYER]), int(views.header[MSG_PROBE])
-        task = first = 0
-        for row, numbers in enumerate(rows.tolist()):
-            count = int(units[row])
-            for head in heads:
-                self._tasks[task] = self._task(row, head, layer, numbers, row == probe, first, count)
-                self._taus[task] = numbers[ROW_TAU] * TAU_UNIT
-                self._units[first : first + count, UNIT_TASK] = task
-                self._units[first : first + count, UNIT_NUMBER] = np.arange(count)
-                task, first = task + 1, first + count
+        counts = np.repeat(units, len(heads))
+        firsts = np.cumsum(counts) - counts
+        task, first = len(counts), int(counts.sum())
+        laid = [
+            self._task(row, head, layer, numbers, row == probe)
+            for row, numbers in enumerate(rows.tolist())
+            for head in heads
+        ]
+        if laid:
+            self._tasks[:task] = laid
+        self._tasks[:task, TASK_FIRST], self._tasks[:task, TASK_UNITS] = firsts, counts
+        self._taus[:task] = np.repeat(rows[:, ROW_TAU] * TAU_UNIT, len(heads))
+        of = np.repeat(np.arange(task), counts)
+        self._units[:first, UNIT_TASK], self._units[:first, UNIT_NUMBER] = of, np.arange(first) - firsts[of]
         self.numbers[TASKS], self.numbers[UNITS] = task, first
-        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = 0
-        self.numbers[LEFT] = task
+        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = self.numbers[TURN] = 0
+        self.numbers[LEFT] = self.numbers[UNTURNED] = task
 
-    def _task(
-        self, row: int, head: int, layer: int, numbers: list[int], probed: bool, first: int, units: int
-    ) -> tuple[int, ...]:
-        seed = seed_of(numbers[ROW_SEED], numbers[ROW_POSITION], layer, self._layout.first_head + head)
+    def _task(self, row: int, head: int, layer: int, numbers: list[int], probed: bool) -> tuple[int, ...]:
+        """A task but for its units."""
         addresses, failed = (0, 0, 0, 0, 0), False
         if numbers[ROW_INDEXED]:
             key = (numbers[ROW_TABLE], layer, head)
@@ -177,6 +179,6 @@ class Desk:
                 failed = True
         return (
             row, head, layer, numbers[ROW_TOKENS], numbers[ROW_INDEXED], numbers[ROW_TABLE],
-            self._indexes.row_base(layer, head), numbers[ROW_LIMIT], seed - (seed >> 63 << 64), int(probed), first,
-            units, 0, int(failed), *addresses,
+            self._indexes.row_base(layer, head), numbers[ROW_LIMIT], numbers[ROW_POSITION], numbers[ROW_SEED],
+            int(probed), 0, 0, 0, int(failed), *addresses,
         )  # fmt: skip

@@ -1,4 +1,8 @@
-"""The threads of an actor: the first one leads, the others follow (workers/units.py)."""
+"""The threads of an actor: one leads, the others follow (workers/units.py).
+
+The leader lays messages out, in Python, and waits for the others, which never need Python's lock meanwhile. It does no
+unit itself: to hand compiled code what it needs for that takes longer than to lay a message out.
+"""
 
 import threading
 import time
@@ -12,12 +16,14 @@ from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.desk import CODES, ROWS, Desk
 from vllm_retrieval_attn.workers.signals import await_message, finish_message
-from vllm_retrieval_attn.workers.units import close_desk, do_units, follow, lane_memory, open_desk, turn_queries
+from vllm_retrieval_attn.workers.units import close_desk, follow, lane_memory, open_desk
 
 SLICE_NS = 500_000_000
 """How long a lane serves before it looks whether its client still lives."""
 SLEEP = (0, 200_000_000)
 """Longest single sleep (s, ns) of an idle lane."""
+LEADER = -1
+"""In place of a thread's number."""
 
 
 class Lane(threading.Thread):
@@ -25,15 +31,15 @@ class Lane(threading.Thread):
 
     Args:
         layout, views: the shared file of the rank. desk: of the actor.
-        actor, thread: which lane this is; 0 leads.
+        actor, thread: which lane this is; LEADER leads.
         spin_ns: how long to yield after a message before sleeping.
     """
 
     def __init__(self, layout: Layout, views: Views, desk: Desk, actor: int, thread: int, spin_ns: int) -> None:
         super().__init__(name=f"retrieval-lane-{actor}.{thread}", daemon=True)
-        self._views, self._desk, self._actor, self._leads = views, desk, actor, thread == 0
+        self._views, self._desk, self._actor, self._leads = views, desk, actor, thread == LEADER
         self._spin_ns = spin_ns
-        self._memory = lane_memory(layout)
+        self._memory = None if self._leads else lane_memory(layout)
         self._timeout = np.array(SLEEP, np.int64)
         self.ready = threading.Event()
         """Set once the lane has looked for a message: compiled and serving."""
@@ -69,7 +75,7 @@ class Lane(threading.Thread):
     def _lead(self, until_ns: int) -> None:
         words = self._views.words
         if not self.ready.is_set():
-            self._compile()
+            close_desk(self._desk.numbers)  # compiled, or loaded, before the first message
         while True:
             seq = await_message(words, words.ctypes.data, self._actor, self._spin_ns, until_ns, self._timeout)
             if seq < 0:
@@ -77,17 +83,8 @@ class Lane(threading.Thread):
             begin = time.monotonic_ns()
             desk, stats = self._desk, self._views.stats[self._actor]
             desk.lay_out()
-            turn_queries(desk.numbers, desk.geometry, desk.shared)
             open_desk(desk.numbers, seq)
-            do_units(desk.numbers, desk.geometry, desk.shared, self._memory)
             close_desk(desk.numbers)
             stats[STAT_CODES], stats[STAT_ROWS] = desk.numbers[CODES], desk.numbers[ROWS]
             stats[STAT_NS] = time.monotonic_ns() - begin
             finish_message(words, words.ctypes.data, self._actor, seq)
-
-    def _compile(self) -> None:
-        """Have everything compiled, or loaded, before the first message, by a desk on which nothing lies."""
-        desk = self._desk
-        turn_queries(desk.numbers, desk.geometry, desk.shared)
-        do_units(desk.numbers, desk.geometry, desk.shared, self._memory)
-        close_desk(desk.numbers)

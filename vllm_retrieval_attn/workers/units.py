@@ -1,4 +1,4 @@
-"""Doing the units of a message (workers/desk.py), by all threads of an actor side by side, without Python's lock.
+"""Doing the units of a message (workers/desk.py), by the threads of an actor side by side, without Python's lock.
 
 A thread takes the next unit by an atomic counter. Whoever does the last unit of a task finishes it: chooses rows among
 what was found, attends to them and to what is read anyway, and writes the result. No two threads write the same memory,
@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from vllm_retrieval_attn.index.choosing import ChoiceScratch, Found, choice_scratch, choose
+from vllm_retrieval_attn.index.choosing import ChoiceScratch, Found, choice_scratch, choose, seed_of
 from vllm_retrieval_attn.index.head import MOST, wanted
 from vllm_retrieval_attn.index.native import search_fastscan
 from vllm_retrieval_attn.index.rows import (
@@ -59,6 +59,7 @@ from vllm_retrieval_attn.workers.desk import (
     TASK_LIMIT,
     TASK_MEANS,
     TASK_OBJECTS,
+    TASK_POSITION,
     TASK_PROBED,
     TASK_ROW,
     TASK_SEED,
@@ -69,11 +70,13 @@ from vllm_retrieval_attn.workers.desk import (
     TASKS,
     TASKS_AT,
     TAUS_AT,
+    TURN,
     TURNED_AT,
     UNIT_NUMBER,
     UNIT_TASK,
     UNITS,
     UNITS_AT,
+    UNTURNED,
 )
 from vllm_retrieval_attn.workers.sync import (
     atomic_add,
@@ -168,23 +171,21 @@ def _products(matrix: Any, vector: Any, out: Any) -> None:
 
 
 @jit
-def turn_queries(desk: Any, geometry: Any, shared: Any) -> None:
-    """Load every task's queries, scaled, and turn them into the space of its codes."""
-    arrays = _arrays(desk, geometry)
+def _turn(arrays: Any, t: int, geometry: Any, shared: Any) -> None:
+    """Load a task's queries, scaled, and turn them into the space of its codes."""
+    task, queries = arrays.tasks[t], arrays.queries[t]
     g, d = geometry.group, geometry.dim
-    for t in range(desk[TASKS]):
-        task, queries = arrays.tasks[t], arrays.queries[t]
-        flat = queries.reshape(-1)
-        start = (task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g * d
-        load(shared.queries, start, g * d, flat, flat.view(np.uint32))
-        if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
-            turn = numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32)
-            centre = numba.carray(pointer_to(task[TASK_CENTRE]), (1, d), np.float32)
-            for i in range(g):
-                _products(turn, queries[i], arrays.turned[t, i])
-                _products(centre, queries[i], arrays.centres[t, i : i + 1])
-        for j in range(g * d):
-            flat[j] *= geometry.scale
+    flat = queries.reshape(-1)
+    start = (task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g * d
+    load(shared.queries, start, g * d, flat, flat.view(np.uint32))
+    if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
+        turn = numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32)
+        centre = numba.carray(pointer_to(task[TASK_CENTRE]), (1, d), np.float32)
+        for i in range(g):
+            _products(turn, queries[i], arrays.turned[t, i])
+            _products(centre, queries[i], arrays.centres[t, i : i + 1])
+    for j in range(g * d):
+        flat[j] *= geometry.scale
 
 
 @jit
@@ -279,7 +280,7 @@ def _attend_chosen(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -
     )  # fmt: skip
     head = task[TASK_HEAD]
     outside = shared.outside[task[TASK_ROW], head * g : (head + 1) * g]
-    seed = np.uint64(task[TASK_SEED])
+    seed = seed_of(task[TASK_SEED], task[TASK_POSITION], task[TASK_LAYER], geometry.first_head + head)
     count = choose(found, shards, geometry.scale, outside, task[TASK_LIMIT], arrays.taus[t], seed, lane.choice)
     if count < 0:
         return -1
@@ -328,6 +329,15 @@ def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
     """Do units of the open message until none is left."""
     arrays = _arrays(desk, geometry)
     place = desk.ctypes.data
+    while True:
+        t = atomic_add(place + TURN * 8, 1)
+        if t >= desk[TASKS]:
+            break
+        _turn(arrays, t, geometry, shared)
+        atomic_add(place + UNTURNED * 8, -1)
+    fence()
+    while desk[UNTURNED] > 0:
+        fence()
     while True:
         u = atomic_add(place + NEXT * 8, 1)
         if u >= desk[UNITS]:
