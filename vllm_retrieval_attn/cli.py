@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_retrieval_attn import cli_eval, cli_study
+from vllm_retrieval_attn import cli_eval, cli_fit, cli_study
 
 app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True, add_completion=False)
 
@@ -55,6 +55,7 @@ def doctor(
 
 cli_eval.register(app)
 cli_study.register(app)
+cli_fit.register(app)
 
 
 @app.command()

@@ -1,5 +1,8 @@
 """The arena: no page has two owners, freed pages are poisoned, everything is free at the end."""
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.unit.layouts import DTYPES, make_layout
 from vllm_retrieval_attn.store.arena import Arena, ArenaFull
 from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, WORD_GROWTH
+from vllm_retrieval_attn.workers.desk import Desk
+from vllm_retrieval_attn.workers.indexes import Indexes
 
 IDS = st.sampled_from(["a", "b", "c", "d", "e"])
 
@@ -223,4 +228,20 @@ def test_a_released_page_reads_as_nan(dtype):
     arena.release("a", 1)
     assert arena.pages[store.pages].isnan().all()
     assert (arena.views.tables[store.slot] < 0).all()
+    arena.close()
+
+
+def test_a_thousand_requests_that_may_come_take_no_memory_before_they_do():
+    layout = replace(
+        make_layout("bfloat16", kv_heads=8, group=4, dim=128, page_tokens=1024, indexed=True), layers=32, max_rows=1024,
+        table_pages=1025, pages=8, threads=15, actors=1,
+    )  # fmt: skip
+    arena = Arena(layout, torch.bfloat16, rank=91)
+    desk = Desk(layout, arena.views, Indexes(layout, arena.views, 0), 1.0, 4096)
+    taken = os.stat(arena.file.path).st_blocks * 512
+    assert taken < 1 << 20 < layout.file_bytes
+    store = arena.open("a", 1)
+    arena.grow(store, 10)
+    assert os.stat(arena.file.path).st_blocks * 512 < taken + (1 << 20)
+    del desk
     arena.close()

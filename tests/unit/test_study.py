@@ -132,7 +132,7 @@ def test_the_command_writes_rows_and_a_plot(tmp_path):
         (["--budgets", "few"], "few"),
         (["--rows", "0"], "whole numbers above 0"),
         (["--rows", "64,-1"], "whole numbers above 0"),
-        (["--rows", "1.5"], "1.5"),
+        (["--rows", "1.5"], "whole numbers above 0"),
         (["--candidates", "63"], "--candidates"),
         (["--most", "0"], "--most"),
         (["--queries", "both"], "decode or"),

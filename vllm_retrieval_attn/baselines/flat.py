@@ -1,6 +1,6 @@
 """`flat`: exact search and exact attention over every key. What every other index is compared with.
 
-The served engine runs the same kernel (index/rows.py) over arena pages; see workers/message.py.
+The served engine runs the same kernel (index/rows.py) over arena pages; see workers/units.py.
 """
 
 from typing import Any

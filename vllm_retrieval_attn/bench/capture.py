@@ -2,7 +2,7 @@
 
 `python -m vllm_retrieval_attn.bench.capture --model FOLDER --tokens 16000 --out capture.npz`
 
-The prompt is a text with planted facts (bench/planting.py). Decode queries come from answering questions about the
+The prompt is a text with planted facts (evaluation/planting.py). Decode queries come from answering questions about the
 facts and from reading on in the text. bench/capture_file.py says what the file holds.
 """
 

@@ -8,7 +8,7 @@ import torch
 from vllm_retrieval_attn.sketch.space import Space, balanced
 
 LEARN_TOKENS = 4096
-"""Tokens of one prompt that the space is learned from; more did no better (docs/index.md)."""
+"""Tokens of one prompt that the space is learned from."""
 
 
 @dataclass

@@ -148,7 +148,6 @@ def main() -> None:
         args.model,
         knobs if args.mode != "full" else None,
         backend,
-        settle="steps",
         max_model_len=args.length + args.tokens + 1,
         **options,
     )

@@ -1,4 +1,4 @@
-"""What a capture has a model read: a text with facts planted in it (bench/needles.py), and questions about them."""
+"""What a capture has a model read: a text with planted facts (evaluation/needles.py), and questions about them."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""What answers the questions of bench/evaluate.py and scores its texts: an engine in this process, or a server.
+"""What answers the questions of evaluation/evaluate.py and scores its texts: an engine in this process, or a server.
 
 Prose is scored through decode steps, since only these use an index: the first tokens of a passage are the prompt, the
 following ones are forced upon the sampler one by one, and vLLM reports the distribution from before the forcing.

@@ -61,8 +61,9 @@ class HeadIndex:
 
     Attributes:
         size: keys indexed. shards: of them.
-        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
-            queries (d, d) float32, and its mean (d,) float32.
+        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects, (shards,) int64; means
+            and deviations of the shards, (shards, d) float32; the space's transform of queries, (d, d) float32, and its
+            mean, (d,) float32.
     """
 
     def __init__(self, space: Space) -> None:

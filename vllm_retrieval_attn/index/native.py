@@ -2,7 +2,8 @@
 
 Faiss's own Python wrapper gives the lock away for the search and takes it back afterwards. With several threads that
 costs more than the search: each hand-over wakes a thread, 50 microseconds on a virtual machine, where a shard is
-searched in 80. Measured on 16 cores in docs/benchmarks.md (2026-11-25): 14 threads were no faster than one.
+searched in 80. Measured on 16 cores, see docs/benchmarks.md (2026-11-25): 14 threads
+were no faster than one.
 
 The function is C++ and named as compilers of Linux name it; the object is the one that Faiss's wrapper made.
 """
@@ -34,7 +35,7 @@ def search_address() -> int:
         function = getattr(library, _SEARCH)
     except AttributeError:
         raise RuntimeError(
-            f"retrieval: faiss-cpu {faiss.__version__} does not export IndexFastScan::search; install faiss-cpu 1.15"
+            f"retrieval: faiss-cpu {faiss.__version__} does not export IndexFastScan::search; install faiss-cpu 1.15.1"
         ) from None
     return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 

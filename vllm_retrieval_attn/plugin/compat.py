@@ -1,4 +1,4 @@
-"""Every touch of vLLM that is not a public hook. Written for vLLM 0.32 and 0.33.
+"""Every touch of vLLM that is not a public hook. Written for vLLM 0.32.
 
 Each patch names its reason and what would remove it. They are installed once per process by
 :func:`install`, those of the model runner by :func:`patch_runner` in a worker that serves with our

@@ -17,7 +17,7 @@ from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
-from vllm_retrieval_attn.sketch.space import LEARNED
+from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.space_file import load_space, save_space, space_path
@@ -113,7 +113,7 @@ class RetrievalWorker:
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
-            self._space_path = space_path(model_identity(vllm_config), rank, config.ranks)
+            self.space_path = space_path(model_identity(vllm_config), rank, config.ranks)
             self._take_space()
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
@@ -170,13 +170,18 @@ class RetrievalWorker:
     def _take_space(self) -> None:
         """Use the space that an earlier start has learned, or learn it from the first long prompt."""
         lay = self.arena.layout
-        space = load_space(self._space_path, lay.layers * lay.kv_heads, lay.dim)
+        space = load_space(self.space_path, lay.layers * lay.kv_heads, lay.dim)
         if space is None:
             self._learner = SpaceLearner(lay.layers)
             return
         self.arena.views.keep_space(space)
         self.arena.space = LEARNED
-        logger.info("retrieval: the model's space is taken from %s", self._space_path)
+        logger.info("retrieval: the model's space is taken from %s", self.space_path)
+
+    def forget_space(self) -> None:
+        """Learn the model's space anew, from the next prompt that is long enough."""
+        self.arena.space = ROTATION
+        self._learner = SpaceLearner(self.arena.layout.layers)
 
     def learn(self, layer: int, key: torch.Tensor, query: torch.Tensor, plan: StepPlan) -> None:
         """Learn from the step's longest row, while the model's space is not known. Shapes as in device/cpu.py."""
@@ -198,8 +203,8 @@ class RetrievalWorker:
         self._learner = None
         self.arena.views.keep_space(space)
         self.arena.space = LEARNED
-        kept = save_space(self._space_path, space)
-        where = f", kept in {self._space_path}" if kept else ""
+        kept = save_space(self.space_path, space)
+        where = f", kept in {self.space_path}" if kept else ""
         logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
 
     # ---- a step

@@ -1,0 +1,52 @@
+"""The command ``vllm-retrieval fit-space``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("fit-space")(fit_space)
+
+
+def fit_space(
+    model: Annotated[str, typer.Argument(help="Model folder or name.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to learn from; default: Python's docstrings.", exists=True, dir_okay=False),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Learn anew where a space is kept already.")] = False,
+    options: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM, as the server will have them.")] = "{}",
+) -> None:
+    """Learn the model's space, so that the server need not take it from its first long prompt."""
+    from vllm_retrieval_attn.bench.engine import InProcessEngine
+    from vllm_retrieval_attn.device.learning import LEARN_TOKENS
+    from vllm_retrieval_attn.evaluation.needles import filler
+
+    try:
+        arguments = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--options") from None
+    console = Console()
+    knobs = arguments.pop("retrieval", {})
+    engine = InProcessEngine(model, knobs, **{"enforce_eager": True, "max_num_seqs": 2, **arguments})
+    try:
+        worker = engine.worker()
+        if again:
+            worker.forget_space()
+        if worker.stats()["space"] == "rotation":
+            content = filler() if text is None else text.read_text(errors="replace")
+            prompt = engine.llm.get_tokenizer().encode(content)
+            wanted = LEARN_TOKENS + 2 * worker.config.sink_end
+            if len(prompt) < wanted:
+                raise typer.BadParameter(f"{len(prompt)} tokens of text are too few; it takes {wanted}")
+            engine.run([prompt[:wanted]], max_tokens=1)
+        if worker.stats()["space"] != "learned":
+            raise RuntimeError("no space was learned; the log above says why")
+        console.print(f"the model's space is kept in {worker.space_path}", soft_wrap=True)
+    finally:
+        engine.close()
