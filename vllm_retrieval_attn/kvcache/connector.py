@@ -50,6 +50,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             config.host_pages, config.page_tokens, config.sink_end, config.window_tokens, config.block_size
         )
         self._epochs: dict[str, int] = {}
+        self._admissions = 0
+        self._released: list[tuple[str, int]] = []
         self._options: dict[str, SearchOptions] = {}
         if role == KVConnectorRole.WORKER:
             self._worker = RetrievalWorker(vllm_config, config, kv_cache_config)
@@ -60,7 +62,9 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        return False  # nothing is handed to another engine
+        # Nothing is handed to another engine. But a preempted request then drops what it has in flight and samples it
+        # again, without which vLLM 0.32 loses a session whose in-flight token ends a chunk (async scheduling).
+        return True
 
     # ---- scheduler half
 
@@ -83,15 +87,20 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         return 0, False
 
     def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
-        self._epochs[request.request_id] = self._epochs.get(request.request_id, 0) + 1
+        """vLLM schedules a request from its waiting queue: a new one, a preempted one, or a session's next chunk."""
+        name = request.request_id
+        anew = request.num_computed_tokens == 0  # its KV is gone or was never there; a session keeps it
+        if anew:
+            self._admissions += 1  # never the same twice, so that a request's id may be
+            self._epochs[name] = self._admissions
         params = request.sampling_params
         options = search_options(self._config, params.extra_args if params is not None else None)
-        if options != search_options(self._config, None):
-            self._options[request.request_id] = options
+        if not anew or options != search_options(self._config, None):
+            self._options[name] = options
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        message = StepMessage(options=self._options)
-        self._options = {}
+        message = StepMessage(options=self._options, released=self._released)
+        self._options, self._released = {}, []
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):
@@ -102,9 +111,6 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             # Admitted again in the same step: the newer epoch tells the worker.
             if request_id not in scheduled and request_id in self._epochs:
                 message.released.append((request_id, self._epochs[request_id]))
-        for request_id in scheduler_output.finished_req_ids:
-            message.released.append((request_id, self._epochs.pop(request_id, 0)))
-            self._ledger.forget(request_id)
         return message
 
     def request_finished_all_groups(
@@ -121,6 +127,9 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             "paged_tokens": computed - left_pages,
             "host_tokens": left_pages if hosted else 0,
         }
+        # Not in finished_req_ids' time: a new request may have the id by then.
+        self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
+        self._ledger.forget(request.request_id)
         return False, {"retrieval": report}
 
     # ---- worker half
