@@ -66,12 +66,12 @@ def start() -> Any:
     )
 
 
-def greedy(new: int = NEW, **more: Any) -> Any:
+def greedy(new: int = NEW) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.CUMULATIVE
-    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, output_kind=kind, **more)
+    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, output_kind=kind)
 
 
 class Session:
@@ -169,6 +169,66 @@ async def kept(engine: Any, ids: list[int]) -> dict[str, Any]:
     return {"got": session.tokens, "want": want, "between": between, "left": at_end}
 
 
+async def outgrown(engine: Any, ids: list[int]) -> dict[str, Any]:
+    """A session that is fed more than host memory holds, and a short request right behind it."""
+    session = Session(engine, "outgrown")
+    for start in range(0, 1200, 400):
+        await session.say(ids[start : start + 400])
+    begin = time.monotonic()
+    session.feed(ids[1200:1600])
+    session.feed(ids[1600:1700])  # must not begin a new request under the old name
+    short = await asyncio.wait_for(plain(engine, "short", ids[:50]), PATIENCE_S)
+    await session.ended()
+    seconds = time.monotonic() - begin
+    await asyncio.wait_for(session._task, PATIENCE_S)
+    at_end = await left(engine)
+    return {
+        "finish": session.finish,
+        "over": session.over,
+        "seconds_to_fail": seconds,
+        "short": short,
+        "left": at_end,
+        "afterwards": await plain(engine, "afterwards", ids[:50]),
+        "serves_long": len(await plain(engine, "long", ids[:1200])),
+    }
+
+
+async def crossed(engine: Any, ids: list[int]) -> dict[str, Any]:
+    """Two sessions that together want more than there is: the one that yields is computed anew, and answers right."""
+    chunks = [[ids[0:550], ids[550:800]], [ids[800:1350], ids[1350:1600]]]
+    sessions = [Session(engine, f"crossed-{number}") for number in range(2)]
+    for session, (chunk, _) in zip(sessions, chunks, strict=True):
+        await session.say(chunk)
+    for session, (_, chunk) in zip(sessions, chunks, strict=True):
+        session.feed(chunk)
+    while not any(len(session.tokens) > 1 for session in sessions):
+        await asyncio.sleep(0.1)
+    first = next(number for number in range(2) if len(sessions[number].tokens) > 1)
+    other_waits = len(sessions[1 - first].tokens) == 1
+    passing = await asyncio.wait_for(plain(engine, "passing", ids[:50]), PATIENCE_S)
+    await sessions[first].close()
+    while len(sessions[1 - first].tokens) < 2:
+        await asyncio.sleep(0.1)
+    await sessions[1 - first].close()
+    got = [session.tokens for session in sessions]
+    at_end = await left(engine)
+    want = [await in_one(engine, f"one-{n}", chunks[n], got[n]) for n in range(2)]
+    return {"got": got, "want": want, "waited": other_waits, "passing": len(passing), "left": at_end}
+
+
+async def samples(engine: Any, ids: list[int]) -> dict[str, Any]:
+    """Three samples of a prompt that takes more than half of host memory: one after the other."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = greedy()
+    params.n, params.temperature, params.top_k = 3, 0.5, 1  # more than one sample must not be greedy
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    answers = [output async for output in engine.generate({"prompt_token_ids": ids[:800]}, params, "samples")]
+    at_end = await left(engine)
+    alone = await plain(engine, "sample", ids[:800])
+    return {"got": [list(answer.token_ids) for answer in answers[-1].outputs], "want": [alone] * 3, "left": at_end}
+
+
 async def run(parts: list[str]) -> dict[str, Any]:
     engine = start()
     ids = engine.get_tokenizer().encode(filler()[:20_000])
@@ -181,7 +241,7 @@ async def run(parts: list[str]) -> dict[str, Any]:
     return found
 
 
-PARTS = {"kept": kept}
+PARTS = {"kept": kept, "outgrown": outgrown, "crossed": crossed, "samples": samples}
 
 
 def main(out: Path, parts: list[str]) -> None:

@@ -69,6 +69,9 @@ def make_plan(
     Args:
         epochs: admission epoch of each request that may need the host; rows of others stay in pages.
         sink_end: first position that the host may own. options: how to search for a request.
+
+    Raises:
+        RuntimeError: scheduler and worker disagree on what a request has on the host.
     """
     tokens: list[Ints] = []
     pages: list[Ints] = []
@@ -88,6 +91,8 @@ def make_plan(
         start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
         store = arena.open(request_id, epoch)
         old, new = max(0, computed - sink_end), max(0, computed + length - sink_end)
+        if old > store.tokens:  # the scheduler counts on KV that this admission never had: no answer from noise
+            raise RuntimeError(f"retrieval: {request_id}: host tokens {store.tokens} to {old} were never written")
         if new > old:
             arena.grow(store, new)
             row_pages, row_offsets = arena.token_positions(store, old, new)

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_retrieval_attn.compat import resolved_config
 from vllm_retrieval_attn.kvcache.ledger import HostLedger
+from vllm_retrieval_attn.kvcache.line import WaitingLine
 from vllm_retrieval_attn.kvcache.manager import RetrievalManager
 from vllm_retrieval_attn.kvcache.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.kvcache.spec import RetrievalSpec
@@ -49,6 +50,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger = HostLedger(
             config.host_pages, config.page_tokens, config.sink_end, config.window_tokens, config.block_size
         )
+        self.line = WaitingLine(self._ledger, config.longest_request, vllm_config.model_config.max_model_len)
         self._epochs: dict[str, int] = {}
         self._admissions = 0
         self._released: list[tuple[str, int]] = []
@@ -82,6 +84,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         if getattr(request, "resumable", False):
             longest = self._vllm_config.model_config.max_model_len
         self._ledger.arrived(request.request_id, longest)
+        self.line.arrived(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
@@ -101,6 +104,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         message = StepMessage(options=self._options, released=self._released)
         self._options, self._released = {}, []
+        self.line.step_ends()
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):
@@ -130,6 +134,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         # Not in finished_req_ids' time: a new request may have the id by then.
         self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
         self._ledger.forget(request.request_id)
+        self.line.left(request.request_id)
         return False, {"retrieval": report}
 
     # ---- worker half
