@@ -2,8 +2,8 @@
 
 Kept in EngineCore, in step with what the workers will really take: a request reserves its whole
 prompt when it is admitted and grows page by page while it generates. Where a page is wanted and
-none is free, the manager refuses the allocation and vLLM does what it does for paged blocks: a new
-request waits, a running one preempts another.
+none is free, the manager refuses the allocation and vLLM does what it does for paged blocks: a running
+request preempts another. Who waits is asked about before (plugin/line.py).
 """
 
 from dataclasses import dataclass, field
@@ -28,6 +28,11 @@ class HostLedger:
     @property
     def free_pages(self) -> int:
         return self.pages - sum(self.held.values())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a request that holds every page."""
+        return self.split.sink_end + self.pages * self.page_tokens
 
     def arrived(self, request_id: str, max_tokens: int) -> None:
         """Note a request of at most ``max_tokens`` tokens (prompt and output); short ones never need the host."""

@@ -84,6 +84,9 @@ def make_plan(
     Args:
         epochs: admission epoch of each request that may need the host; rows of others stay in pages.
         split: where tokens are divided. options: how to search for a request.
+
+    Raises:
+        RuntimeError: scheduler and worker disagree on what a request has on the host.
     """
     mirrored: list[tuple[Ints, Ints, Ints]] = []
     decode_tokens: list[int] = []
@@ -101,6 +104,8 @@ def make_plan(
         start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
         store = arena.open(request_id, epoch)
         old, new = max(0, computed - sinks), max(0, computed + length - sinks)
+        if old > store.tokens:  # the scheduler counts on KV that this admission never had: no answer from noise
+            raise RuntimeError(f"retrieval: {request_id}: host tokens {store.tokens} to {old} were never written")
         if new > old:
             arena.grow(store, new)
             where = arena.token_positions(store, old, new)

@@ -11,6 +11,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ END_GRACE_S = 15.0
 """Seconds to end for an engine that vLLM would kill at once, and for the memory of a killed one to be given back."""
 
 _MARK = "_retrieval_wrapped"
+
+_sessions_arrive = False
+"""Whether a streaming-input session came to an engine of ours in this process."""
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -147,9 +151,11 @@ def _patch_input_processor() -> None:
 
     def make(original: Any) -> Any:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            global _sessions_arrive
             request = original(self, *args, **kwargs)
             config = find_resolved_config(self.vllm_config)
             if config is not None:
+                _sessions_arrive = _sessions_arrive or request.resumable
                 from vllm_retrieval_attn.plugin.admission import check_request
 
                 check_request(config, request)
@@ -160,23 +166,36 @@ def _patch_input_processor() -> None:
     _wrap(InputProcessor, "process_inputs", make)
 
 
-def _patch_scheduler() -> None:
-    """Requests whose host attention failed end with an error instead of a made-up token.
+def _serves(scheduler: Any) -> bool:
+    """Whether this scheduler's engine has our backend."""
+    transfer = scheduler.vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
 
-    The worker reports them through the connector's worker metadata. Remove when vLLM fails running
-    requests named in KVConnectorOutput.failed_recving (it does so for waiting ones only).
+
+def _patch_scheduler() -> None:
+    """Requests whose host attention failed, or that outgrew host memory, end with an error.
+
+    The worker reports the former through the connector's worker metadata, the connector's waiting line names the
+    latter. Remove when vLLM fails requests named in KVConnectorOutput.failed_recving whatever their state (it does so
+    for those that wait for remote KV), and a connector's scheduler half can name some too.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import KVConnectorOutput
 
     from vllm_retrieval_attn.plugin.messages import WorkerReport
 
     def make_update(original: Any) -> Any:
         def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-            connector_output = model_runner_output.kv_connector_output
-            report = getattr(connector_output, "kv_connector_worker_meta", None)
-            if isinstance(report, WorkerReport):
-                self.connector.note(report)  # before requests of this step finish
-                connector_output.failed_recving = set(connector_output.failed_recving or ()) | report.failed
+            if _serves(self):
+                output = model_runner_output.kv_connector_output or KVConnectorOutput()
+                report = output.kv_connector_worker_meta
+                failed = self.connector.line.take_failed()
+                if isinstance(report, WorkerReport):
+                    self.connector.note(report)  # before requests of this step finish
+                    failed |= report.failed
+                if failed:
+                    output = replace(output, failed_recving=set(output.failed_recving or ()) | failed)
+                    model_runner_output = replace(model_runner_output, kv_connector_output=output)
             return original(self, scheduler_output, model_runner_output)
 
         return update_from_output
@@ -184,7 +203,7 @@ def _patch_scheduler() -> None:
     def make_failed(original: Any) -> Any:
         def _handle_failed_recving(self: Any, failed_req_ids: set[str]) -> set[str]:
             affected: set[str] = original(self, failed_req_ids)
-            if self.vllm_config.kv_transfer_config.kv_connector == CONNECTOR:
+            if _serves(self):
                 affected = affected | {name for name in failed_req_ids if name in self.requests}
             return affected
 
@@ -192,6 +211,69 @@ def _patch_scheduler() -> None:
 
     _wrap(Scheduler, "update_from_output", make_update)
     _wrap(Scheduler, "_handle_failed_recving", make_failed)
+
+
+def _patch_waiting() -> None:
+    """A request whose host pages are not there is passed over; vLLM would look no further in its queue.
+
+    A connector can say so by get_num_new_matched_tokens, but is not asked about sessions that hold KV, nor listened to
+    for requests that skip the prefix cache. Remove when it is for all.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_retrieval_attn.plugin.line import Turn
+
+    def give_up_kv(scheduler: Any, request: Any) -> None:
+        # What Scheduler._preempt_request does, for a request that does not run.
+        scheduler._free_request_blocks(request)
+        scheduler.encoder_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        scheduler.reset_preempted_req_ids.add(request.request_id)
+
+    def make(original: Any) -> Any:
+        def _handle_blocked_waiting_request(self: Any, request: Any) -> bool:
+            ready: bool = original(self, request)
+            if not ready or not _serves(self):
+                return ready
+            turn = self.connector.line.turn(request)
+            if turn is Turn.YIELD:
+                give_up_kv(self, request)
+            return turn is Turn.GO
+
+        return _handle_blocked_waiting_request
+
+    _wrap(Scheduler, "_handle_blocked_waiting_request", make)
+
+
+def _patch_output_processor() -> None:
+    """A session that the engine ended with an error is over for its client too.
+
+    vLLM's front end takes any finish reason for the end of a chunk while a session's input is open. Its next chunk
+    would begin a new request under the old id, which knows nothing of what came before. Remove when an error ends a
+    session there.
+    """
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    def make(original: Any) -> Any:
+        def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            ended = []
+            for output in engine_core_outputs if _sessions_arrive else ():
+                state = self.request_states.get(output.request_id)
+                if output.finish_reason is not FinishReason.ERROR or not getattr(state, "streaming_input", False):
+                    continue
+                ended.append(output.request_id)
+                state.streaming_input = False
+                if state.queue is not None:
+                    state.queue.close()  # ends the task that sends chunks
+            processed = original(self, engine_core_outputs, *args, **kwargs)
+            processed.reqs_to_abort.extend(ended)  # chunks that were on their way
+            return processed
+
+        return process_outputs
+
+    _wrap(OutputProcessor, "process_outputs", make)
 
 
 def _publish_rows_v1(runner: Any, num_reqs: int, dummy: bool) -> None:
@@ -293,6 +375,8 @@ def install() -> None:
     _patch_kernel_scan()
     _patch_input_processor()
     _patch_scheduler()
+    _patch_waiting()
+    _patch_output_processor()
     _patch_engine_manager()
 
 

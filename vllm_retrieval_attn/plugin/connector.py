@@ -4,6 +4,7 @@ vLLM makes one object in EngineCore (scheduler half) and one in each worker (wor
 themselves move inside the attention layer, not through the connector's layer hooks.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm_retrieval_attn.core.ledger import HostLedger
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.plugin.compat import resolved_config
+from vllm_retrieval_attn.plugin.line import WaitingLine
 from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
@@ -46,7 +48,10 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._group = next(i for i, spec in enumerate(specs) if isinstance(spec, RetrievalSpec))
         self._worker: RetrievalWorker | None = None
         self._ledger = HostLedger(config.host_pages, config.page_tokens, config.split)
+        self.line = WaitingLine(self._ledger, vllm_config.model_config.max_model_len)
         self._epochs: dict[str, int] = {}
+        self._admissions = 0
+        self._released: list[tuple[str, int]] = []
         self._options: dict[str, SearchOptions] = {}
         self._requested: dict[str, SearchOptions] = {}
         self._cached: dict[str, int] = {}
@@ -60,7 +65,9 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        return False  # nothing is handed to another engine
+        # Nothing is handed to another engine. But a preempted request then drops what it has in flight and samples it
+        # again, without which vLLM 0.32 loses a session whose in-flight token ends a chunk (async scheduling).
+        return True
 
     # ---- scheduler half
 
@@ -78,24 +85,33 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         if getattr(request, "resumable", False):
             longest = self._vllm_config.model_config.max_model_len
         self._ledger.arrived(request.request_id, longest)
+        self.line.arrived(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
 
     def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
-        self._epochs[request.request_id] = self._epochs.get(request.request_id, 0) + 1
+        """vLLM schedules a request from its waiting queue: a new one, a preempted one, or a session's next chunk."""
+        name = request.request_id
+        anew = request.num_computed_tokens == 0  # its KV is gone or was never there; a session keeps it
+        if anew:
+            self._admissions += 1  # never the same twice, so that a request's id may be
+            self._epochs[name] = self._admissions
         params = request.sampling_params
         options = search_options(
             self._config, params.extra_args if params is not None else None, params.seed if params is not None else None
         )
-        self._requested[request.request_id] = options
-        self._cached[request.request_id] = num_external_tokens
-        if options != search_options(self._config, None):
-            self._options[request.request_id] = options
+        before = self._requested.get(name, options)
+        self._requested[name] = replace(options, exact=options.exact and before.exact)  # so it tells of every chunk
+        if anew:
+            self._cached[name] = num_external_tokens
+        if not anew or options != search_options(self._config, None):
+            self._options[name] = options
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        message = StepMessage(options=self._options)
-        self._options = {}
+        message = StepMessage(options=self._options, released=self._released)
+        self._options, self._released = {}, []
+        self.line.step_ends()
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):
@@ -106,14 +122,13 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             # Admitted again in the same step: the newer epoch tells the worker.
             if request_id not in scheduled and request_id in self._epochs:
                 message.released.append((request_id, self._epochs[request_id]))
-        for request_id in scheduler_output.finished_req_ids:
-            message.released.append((request_id, self._epochs.pop(request_id, 0)))
-            self._ledger.forget(request_id)
         return message
 
     def note(self, report: WorkerReport) -> None:
-        """Take in what the workers tell of a step."""
+        """Take in what the workers tell of a step; of requests that ended meanwhile nothing."""
         for request_id, (rows, searches) in report.read.items():
+            if request_id not in self._requested:
+                continue
             sums = self._read.get(request_id, (0, 0))
             self._read[request_id] = sums[0] + rows, sums[1] + searches
 
@@ -139,6 +154,10 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         if searches:
             exact = config.index == "flat" or (options is not None and options.exact)
             report |= {"path": "exact" if exact else "faiss", "rows_read": round(rows / searches)}
+        # Not in finished_req_ids' time: a new request may have the id by then.
+        self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
+        self._ledger.forget(request.request_id)
+        self.line.left(request.request_id)
         return False, {"retrieval": report}
 
     # ---- worker half

@@ -15,7 +15,8 @@ class StepMessage(KVConnectorMetadata):
         admitted: request id -> epoch, for each scheduled request that may need the host.
         resident: ids of scheduled requests that never leave the paged cache.
         released: (request id, epoch) of admissions that ended (finish, abort, preemption).
-        options: how to search, for requests admitted in this step whose options are not the default.
+        options: how to search, for requests admitted in this step whose options are not the default, and for sessions
+            whose next chunk begins in it.
     """
 
     admitted: dict[str, int] = field(default_factory=dict)
