@@ -106,11 +106,6 @@ class Layout:
         return FIXED_WORDS + self.actors * ACTOR_WORDS
 
     @property
-    def actor_heads(self) -> int:
-        """Most KV heads of one actor: head ``h`` belongs to actor ``h % actors``."""
-        return -(-self.kv_heads // self.actors)
-
-    @property
     def partial_floats(self) -> int:
         """float32 of a partial result: ``group`` outputs, then ``group`` log-sum-exps."""
         return self.group * (self.dim + 1)
