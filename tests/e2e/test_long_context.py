@@ -15,7 +15,7 @@ OPTIONS = {
     "max_num_seqs": 4,
     "kv_cache_memory_bytes": 400_000_000,
     "max_num_batched_tokens": 2048,
-    "retrieval": {"host_memory_gb": 2},
+    "retrieval": {"host_memory_gb": 2, "resident_tokens": 1024},
 }
 
 
@@ -41,7 +41,7 @@ def _model():
 def test_the_default_finds_a_number_in_16k_tokens_within_the_bound(engine_run):
     found = engine_run("long attention")
     assert [row["right"] for row in found["rows"]] == [True]
-    assert found["max_blocks"] <= Split(128, 512, 4096, 128).blocks_bound(2048)
+    assert found["max_blocks"] <= Split(128, 512, 1024, 128).blocks_bound(2048)
 
 
 def test_none_misses_what_the_host_holds(engine_run):
