@@ -124,14 +124,14 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(title="Only sinks and a recent window stay in paged memory; the fact is retrieved from the host")
     table.add_column("answer", min_width=30)
     table.add_column("right")
-    for name in ("fact at", "prompt tokens", "tokens in pages", "tokens on host", "seconds"):
+    for name in ("fact at", "prompt tokens", "tokens in pages", "tokens on host", "host rows read", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["answer"],
             "yes" if row["right"] else f"no, {row['expected']}",
             str(row["position"]),
-            *(str(row[name]) for name in ("prompt_tokens", "paged_tokens", "host_tokens")),
+            *(str(row[name]) for name in ("prompt_tokens", "paged_tokens", "host_tokens", "rows_read")),
             f"{row['seconds']:.1f}",
         )
     console.print(table)
