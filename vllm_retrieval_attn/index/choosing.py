@@ -17,8 +17,7 @@ from vllm_retrieval_attn.index.rows import exp_in_place, jit
 from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE
 
 REST = np.float32(0.3)
-"""Weight of a key that is no candidate, as a share of the last candidate's: the smallest error on captures, flat
-between 0.2 and 0.5 (docs/index.md)."""
+"""Weight of a key that is no candidate, as a share of the last candidate's: better than 0.1 and 0.6 (docs/index.md)."""
 BINS = 1 << (32 - BIN_SHIFT)
 WORD = 64
 """Keys of a word of marks; shards begin with a word."""

@@ -2,7 +2,7 @@
 
 Faiss's own Python wrapper gives the lock away for the search and takes it back afterwards. With several threads that
 costs more than the search: each hand-over wakes a thread, 50 microseconds on a virtual machine, where a shard is
-searched in 80. Measured on 16 cores, see docs/benchmarks.md (2026-11-25): 14 threads
+searched in 80 to 150. Measured on 16 cores, see docs/benchmarks.md (2026-11-25): 14 threads
 were no faster than one.
 
 The function is C++ and named as compilers of Linux name it; the object is the one that Faiss's wrapper made.
