@@ -1,8 +1,10 @@
 """The ring between client and lanes: right answers from slow, dead and restarted peers, and no core used idle."""
 
+import gc
 import subprocess
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -257,6 +259,24 @@ def test_a_row_that_asks_for_more_than_the_server_has_room_for_fails_alone(rings
     message[0, ROW_LIMIT] = 1000
     ring.ask(0, message)
     assert ring.failed.tolist() == []
+
+
+def test_indexes_stay_while_their_message_is_open_and_go_when_it_is_over(rings):
+    ring = rings(make_layout(kv_heads=2, group=2, **LONG))
+    message, _ = ring.fill(0, [3000], 3, [2048])
+    ring.views.header[:] = 0, 1, -1
+    ring.views.rows[:1] = message
+    desk = ring.desks[0]
+    desk.lay_out()
+    known = [weakref.ref(entry.index) for entry in desk._indexes._entries.values()]
+    ring.views.slots[message[0, 0], SLOT_GENERATION] = 0  # given up
+    desk._indexes.drop_stale()
+    gc.collect()
+    assert len(known) == 2
+    assert all(index() is not None for index in known)
+    desk.clear()
+    gc.collect()
+    assert all(index() is None for index in known)
 
 
 def test_the_choice_of_a_probed_row_is_kept(rings):

@@ -3,7 +3,7 @@
 Faiss's ``IndexPQFastScan`` with one dimension a sub-quantizer, whose codebooks are set instead of trained: 16 uniform
 levels in coordinates that have about mean 0 and deviation 1 (index/head.py). Measured against trained codebooks in
 docs/index.md. Keys are appended in whole blocks of BLOCK, already in Faiss's own layout (index/packing.py): its ``add``
-takes seven times as long, all of it for encoding.
+takes many times as long, nearly all of it for encoding.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_retrieval_attn.index.head import MOST
+from vllm_retrieval_attn.index.head import MOST, HeadIndex
 from vllm_retrieval_attn.index.native import search_address
 from vllm_retrieval_attn.index.rows import Memory, memory_of
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
@@ -111,6 +111,7 @@ class Desk:
             views.read, views.chosen,
         )  # fmt: skip
         self._held: list[npt.NDArray[Any]] = []
+        self._searched: list[HeadIndex] = []
         self._room = (0, 0)
         self._reserve(len(indexes.heads), 64)
 
@@ -162,6 +163,11 @@ class Desk:
         self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = self.numbers[TURN] = 0
         self.numbers[LEFT] = self.numbers[UNTURNED] = task
 
+    def clear(self) -> None:
+        """The message is over. Until then its indexes stay in memory, also where their requests have been given up: the
+        threads at the desk know them by their addresses alone."""
+        self._searched.clear()
+
     def _task(self, row: int, head: int, layer: int, numbers: list[int], probed: bool) -> tuple[int, ...]:
         """A task but for its units."""
         addresses, failed = (0, 0, 0, 0, 0), False
@@ -171,6 +177,7 @@ class Desk:
                 index = self._indexes.ready(key, numbers[ROW_GENERATION], numbers[ROW_INDEXED])
                 if index.size != numbers[ROW_INDEXED]:
                     raise RuntimeError(f"the index of {key} has {index.size} keys, not {numbers[ROW_INDEXED]}")
+                self._searched.append(index)
                 addresses = index.addresses
             except RequestGone:
                 failed = True

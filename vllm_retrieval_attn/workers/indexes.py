@@ -133,8 +133,3 @@ class Indexes:
         for key, entry in list(self._entries.items()):
             if int(self._views.slots[key[0], SLOT_GENERATION]) != entry.generation:
                 self._entries.pop(key, None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes held."""
-        return sum(entry.index.nbytes for entry in list(self._entries.values()))

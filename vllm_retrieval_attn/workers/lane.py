@@ -85,6 +85,7 @@ class Lane(threading.Thread):
             desk.lay_out()
             open_desk(desk.numbers, seq)
             close_desk(desk.numbers)
+            desk.clear()
             stats[STAT_CODES], stats[STAT_ROWS] = desk.numbers[CODES], desk.numbers[ROWS]
             stats[STAT_NS] = time.monotonic_ns() - begin
             finish_message(words, words.ctypes.data, self._actor, seq)
