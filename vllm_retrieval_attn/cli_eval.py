@@ -29,6 +29,18 @@ def _one_of(value: str, known: tuple[str, ...], option: str) -> list[str]:
     return names
 
 
+def _counts(value: str) -> tuple[str, dict[str, int]]:
+    """``task:count`` and ``task`` apart: the names alone, and the counts given."""
+    names, counts = [], {}
+    for part in _names(value):
+        name, colon, count = part.partition(":")
+        if colon and not (count.isdigit() and int(count) > 0):
+            raise typer.BadParameter(f"{part!r} is not a task and a count of documents", param_hint="--tasks")
+        names.append(name)
+        counts.update({name: int(count)} if colon else {})
+    return ",".join(names), counts
+
+
 def _lengths(value: str) -> list[int]:
     names = _names(value)
     if not names or not all(name.isdigit() and int(name) > 0 for name in names):
@@ -58,7 +70,11 @@ def evaluate_modes(
         str, typer.Option(help="full, none, flat, attention; full always runs, as the first.")
     ] = "full,none,flat,attention",
     tasks: Annotated[
-        str, typer.Option(help="planted, multikey, crowd, multivalue, variables, frequent, prose; default: all.")
+        str,
+        typer.Option(
+            help="planted, multikey, crowd, multivalue, variables, frequent, prose; default: all. crowd:16 asks for "
+            "16 documents, whatever --count says."
+        ),
     ] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a request, prompt and answer, comma-separated.")] = "4096",
     count: Annotated[int, typer.Option(help="Documents a task and length.", min=1)] = 4,
@@ -81,6 +97,7 @@ def evaluate_modes(
     from vllm_retrieval_attn.evaluation import runners
     from vllm_retrieval_attn.evaluation.tasks import PROSE, TASKS
 
+    tasks, counts = _counts(tasks)
     asked_tasks, asked_modes = (
         _one_of(tasks or ",".join(TASKS), TASKS, "--tasks"),
         _one_of(modes, runners.MODES, "--modes"),
@@ -90,7 +107,7 @@ def evaluate_modes(
         raise typer.BadParameter("needs --url, and a --mode-name other than full", param_hint="--full-url")
     if url is None and model is None:
         raise typer.BadParameter("name a model, or a server with --url", param_hint="--model")
-    settings = runs.Settings(_text(text), asked_tasks, asked_lengths, count, seed, score_tokens)
+    settings = runs.Settings(_text(text), asked_tasks, asked_lengths, count, counts, seed, score_tokens)
     console = Console()
     try:
         if url is not None:

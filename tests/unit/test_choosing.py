@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 import vllm_retrieval_attn.index.choosing as fast
 from vllm_retrieval_attn.index.choosing import REST, choice_scratch
-from vllm_retrieval_attn.index.head import REFERENCE, HeadIndex, best_of, found_for
-from vllm_retrieval_attn.index.packing import STEP, pack
+from vllm_retrieval_attn.index.head import REFERENCE, HeadIndex, found_for
+from vllm_retrieval_attn.index.native import native, search_above
+from vllm_retrieval_attn.index.packing import SAMPLE, STEP, pack, packed_bytes
+from vllm_retrieval_attn.index.search import MOST
 from vllm_retrieval_attn.index.shard import BLOCK, LEVELS, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch import sampling
 from vllm_retrieval_attn.sketch.sampling import Limits
@@ -19,20 +21,28 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def of_head(found: fast.Found, shard: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids of a shard's candidates, as views."""
+    part = slice(*found.starts[shard, head : head + 2])
+    return found.scores[shard, part], found.ids[shard, part]
+
+
 def candidates(seed: int, sizes: list[int], group: int, k: int) -> tuple[fast.Found, np.ndarray]:
-    """The best k of random scores (g, n) in each shard, as a search would give them."""
-    found = found_for(len(sizes), group, k)
+    """What scores above a threshold, in each shard another, as a search would give it; and all scores."""
+    found = found_for(len(sizes), group)
     scores = normal(seed, group, sum(sizes)) * 4
     first = 0
     for shard, size in enumerate(sizes):
         mine = scores[:, first : first + size]
-        count = min(k, size)
-        best = np.argsort(-mine, axis=1, kind="stable")[:, :count]
-        found.counts[shard], found.firsts[shard], found.sizes[shard] = count, first, size
-        scored, ids = best_of(found, shard, group)
-        scored[:], ids[:] = np.take_along_axis(mine, best, 1), best
-        found.shifts[shard] = 0.5
+        found.firsts[shard], found.sizes[shard] = first, size
+        for i in range(group):
+            floor = np.sort(mine[i])[-min(k, size)]
+            best = np.flatnonzero(mine[i] >= floor)
+            found.floors[shard, i], found.starts[shard, i + 1] = floor, found.starts[shard, i] + len(best)
+            scored, ids = of_head(found, shard, i)
+            scored[:], ids[:] = mine[i, best], best
         first += size
+    found.shifts[:] = 0.5
     return found, scores + 0.5
 
 
@@ -41,12 +51,12 @@ def plain_weights(found: fast.Found, scores: np.ndarray, scale: float, outside: 
     group, n = scores.shape
     raised = np.zeros((group, n))
     top = scores.max(1) * scale
-    for shard, (first, size, count) in enumerate(zip(found.firsts, found.sizes, found.counts, strict=True)):
+    for shard, (first, size) in enumerate(zip(found.firsts, found.sizes, strict=True)):
         for i in range(group):
             mine = np.exp(scores[i, first : first + size] * scale - top[i])
-            best = best_of(found, shard, group)[1][i]
-            rest = mine[best[-1]] * REST if size > count else 0.0
+            rest = np.exp((found.floors[shard, i] + 0.5) * scale - top[i]) * REST
             raised[i, first : first + size] = rest
+            best = of_head(found, shard, i)[1]
             raised[i, first + best] = mine[best]
     total = raised.sum(1) + np.exp(outside - top)
     return (raised / total[:, None]).sum(0)
@@ -62,7 +72,7 @@ def test_the_numba_twin_chooses_what_the_plain_rule_chooses(seed, sizes, group, 
     outside = normal(seed + 1, group)
     wanted = plain_weights(found, scores, 0.3, outside)
     n = sum(sizes)
-    work = choice_scratch(n, len(sizes), k, rows + n)
+    work = choice_scratch(n, len(sizes), n, rows + n)
     fast.weigh(found, len(sizes), np.float32(0.3), outside, work)
     weights = work.extra[:n].copy()
     for shard, (first, size) in enumerate(zip(found.firsts, found.sizes, strict=True)):
@@ -93,24 +103,50 @@ def test_packed_codes_are_what_faiss_itself_would_store(dim):
     shard, by_faiss = (Shard(np.zeros(dim, np.float32), np.ones(dim, np.float32)) for _ in range(2))
     shard.append(places[:BLOCK])
     shard.append(places[BLOCK:])
-    by_faiss._index.add(places)
-    import faiss
+    by_faiss._index.add(np.concatenate((places, np.ones((3 * BLOCK, 1), np.float32)), axis=1))
+    assert np.array_equal(shard.codes, by_faiss.codes)
+    queries = normal(1, 3, dim + 1)
+    one, other = (s._index.range_search(queries, 1.0) for s in (shard, by_faiss))
+    for a, b in zip(one, other, strict=True):
+        assert np.array_equal(a, b)
 
-    mine, theirs = (faiss.rev_swig_ptr(s._index.codes.get(), 3 * BLOCK * dim // 2) for s in (shard, by_faiss))
-    assert np.array_equal(mine, theirs)
-    found = [(np.empty((3, 10), np.float32), np.empty((3, 10), np.int64)) for _ in range(2)]
-    for one, (scores, ids) in zip((shard, by_faiss), found, strict=True):
-        one.search(normal(1, 3, dim), scores, ids)
-    assert np.array_equal(found[0][1], found[1][1])
-    assert np.array_equal(found[0][0], found[1][0])
+
+@pytest.mark.parametrize("most", [1000, 40])
+def test_a_search_without_python_finds_what_faiss_finds(most):
+    dim, n = 64, 2048
+    shard = Shard(np.zeros(dim, np.float32), np.ones(dim, np.float32))
+    shard.append(normal(0, n, dim))
+    queries = normal(1, 3, dim + 1)
+    queries[:, dim] = [-8, -4, -20]
+    limits, scores, ids = shard._index.range_search(queries, 0.0)
+    mine, numbers, starts = np.zeros(3 * most, np.float32), np.zeros(3 * most, np.int32), np.zeros(4, np.int64)
+    cut = search_above(native(), shard.address, queries, most, mine, numbers, starts)
+    sizes = np.diff(limits)
+    assert sizes.max() > 300 > 40 > sizes.min()
+    assert cut == (sizes > most).sum()
+    assert np.array_equal(np.diff(starts), np.minimum(sizes, most))
+    for i in range(3):
+        mine_of, of = slice(*starts[i : i + 2]), slice(*limits[i : i + 2])
+        order = np.argsort(-scores[of], kind="stable")[:most]
+        assert set(numbers[mine_of]) <= set(ids[of])
+        np.testing.assert_array_equal(np.sort(mine[mine_of])[::-1], scores[of][order])
+
+
+def test_every_128th_key_is_kept_for_thresholds():
+    places = normal(0, SHARD_TOKENS, 64)
+    shard = Shard(np.ones(64, np.float32), np.full(64, 2, np.float32))
+    for first, last in [(0, 1024), (1024, 1056), (1056, 1120), (1120, 4096), (4096, SHARD_TOKENS)]:
+        shard.append(places[first:last])
+        assert np.array_equal(shard.samples[: (last + 63) // SAMPLE], places[64:last:SAMPLE])
 
 
 def test_coordinates_at_the_ends_and_beyond_are_held():
-    dim, out = 64, np.zeros(BLOCK * 32, np.uint8)
+    dim, out = 64, np.zeros(packed_bytes(BLOCK, 64), np.uint8)
     pack(np.full((BLOCK, dim), 1e9, np.float32), out)
-    assert (out == 0xFF).all()
+    assert (out[: 16 * dim] == 0xFF).all()
+    assert not out[16 * dim :].any()
     pack(np.full((BLOCK, dim), -1e9, np.float32), out)
-    assert (out == 0).all()
+    assert not out.any()
 
 
 @pytest.mark.parametrize("size", [1, 33, SHARD_TOKENS + BLOCK])
@@ -135,10 +171,8 @@ def built(keys: np.ndarray, space: Space, *pieces: int) -> HeadIndex:
 
 
 def searched(index: HeadIndex, queries: np.ndarray, k: int) -> fast.Found:
-    found = found_for(len(index.shards), len(queries), k + 1)
-    turned, shift = index.turn(queries)
-    for shard in range(len(index.shards)):
-        index.search(shard, turned, shift, k, found)
+    found = found_for(len(index.shards), len(queries))
+    index.find(queries, k, found)
     return found
 
 
@@ -151,12 +185,25 @@ def test_candidates_and_their_scores_are_close_to_brute_force(dim, learned):
     exact = queries @ keys.T
     best = np.argsort(-exact, axis=1)[:, :100]
     for i in range(4):
-        shards = range(len(found.counts))
-        ids = np.concatenate([found.firsts[s] + best_of(found, s, 4)[1][i] for s in shards])
+        parts = [of_head(found, s, i) for s in range(len(found.firsts))]
+        ids = np.concatenate([first + part[1] for first, part in zip(found.firsts, parts, strict=True)])
         assert len(np.intersect1d(ids, best[i])) >= 97
-        scores = np.concatenate([best_of(found, s, 4)[0][i] + found.shifts[s, i] for s in shards])
-        error = scores - exact[i, ids]
+        assert 1000 < len(ids) < 3200
+        error = np.concatenate([part[0] for part in parts]) + found.shifts[i] - exact[i, ids]
         assert np.sqrt(np.square(error).mean()) < 0.2 * exact[i].std()
+
+
+def test_a_shard_with_too_many_candidates_gives_the_best():
+    """Nearly all of the best keys lie in the second shard."""
+    keys = normal(0, 4 * SHARD_TOKENS, 64)
+    query = normal(1, 1, 64)
+    keys[SHARD_TOKENS : 2 * SHARD_TOKENS] += query
+    found = searched(built(keys, rotated(1, 64).one(0)), query, 6000)
+    scores, ids = of_head(found, 1, 0)
+    assert len(ids) == len(set(ids)) == MOST
+    assert found.floors[1, 0] == scores.min() > found.floors[0, 0]
+    exact = np.argsort(-(keys[SHARD_TOKENS : 2 * SHARD_TOKENS] @ query[0]))[:1000]
+    assert len(np.intersect1d(exact, ids)) > 990
 
 
 @settings(deadline=None, max_examples=12)
@@ -182,15 +229,15 @@ def test_any_magnitude_is_searched(size):
     found = searched(built(keys, rotated(1, 64).one(0)), normal(1, 2, 64) * np.float32(size), 500)
     best = np.argsort(-(normal(1, 2, 64) @ keys.T), axis=1)[:, :20]
     for i in range(2):
-        assert len(np.intersect1d(best_of(found, 0, 2)[1][i], best[i])) >= 19
+        assert len(np.intersect1d(of_head(found, 0, i)[1], best[i])) >= 19
 
 
 def test_constant_keys_are_no_trouble():
     keys = np.full((2048, 64), 3.0, np.float32)
-    found = searched(built(keys, rotated(1, 64).one(0)), normal(1, 2, 64), 100)
-    assert np.isfinite(best_of(found, 0, 2)[0]).all()
-    exact = normal(1, 2, 64) @ keys[0]
-    np.testing.assert_allclose(best_of(found, 0, 2)[0][:, 0] + found.shifts[0], exact, rtol=1e-2, atol=1e-2)
+    queries = normal(1, 2, 64)
+    found = searched(built(keys, rotated(1, 64).one(0)), queries, 100)
+    assert np.isfinite(found.floors).all()
+    np.testing.assert_allclose(found.floors[0] + found.shifts, queries @ keys[0], rtol=1e-2, atol=1e-2)
 
 
 def test_levels_are_sixteen_and_symmetric():

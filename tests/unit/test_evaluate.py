@@ -4,6 +4,7 @@ import io
 import json
 import math
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -77,7 +78,7 @@ class FakeRunner:
     open_now = 0
 
     def __init__(self, sees: bool) -> None:
-        self.sees, self.tokens_asked = sees, []
+        self.sees, self.tokens_asked, self.rows_read = sees, [], []
         FakeRunner.open_now += 1
         assert FakeRunner.open_now == 1  # the one before is closed
 
@@ -87,6 +88,7 @@ class FakeRunner:
     def answer(self, task):
         assert task.prompt[0] == 1
         self.tokens_asked.append(len(task.prompt))
+        self.rows_read.append(len(self.tokens_asked) * 100)
         return " ".join(task.expected) if self.sees else "no"
 
     def score(self, passage):
@@ -112,13 +114,17 @@ def run(*modes):
 def test_rows_of_engines():
     rows = run(("full", FakeRunner, True), ("flat", FakeRunner, True), ("none", FakeRunner, False))
     assert json.loads(json.dumps(rows)) == rows
-    assert [list(row) for row in rows] == [["mode", "task", "length", "n", "right", "same_as_full", "kl", "ppl"]] * 12
+    assert [list(row) for row in rows] == [
+        ["mode", "task", "length", "n", "right", "same_as_full", "kl", "ppl", "rows_mean"]
+    ] * 12
     by_name = {(row["mode"], row["task"], row["length"]): row for row in rows}
     assert len(by_name) == 12
     full, flat, none = (by_name[mode, "planted", 1000] for mode in ("full", "flat", "none"))
     assert (full["n"], full["right"], full["same_as_full"], full["kl"], full["ppl"]) == (2, 1.0, None, None, None)
     assert (flat["right"], flat["same_as_full"]) == (1.0, 1.0)
     assert (none["right"], none["same_as_full"]) == (0.0, 0.0)
+    assert (none["rows_mean"], by_name["none", "planted", 2000]["rows_mean"]) == (150.0, 350.0)
+    assert by_name["none", "prose", 2000]["rows_mean"] is None
     full, flat, none = (by_name[mode, "prose", 2000] for mode in ("full", "flat", "none"))
     assert (full["n"], full["right"], full["same_as_full"], full["kl"]) == (96, None, None, None)
     assert full["ppl"] == pytest.approx(1 / 0.8)
@@ -143,6 +149,20 @@ def test_progress_ends_where_it_said():
     starts = [("full", lambda: FakeRunner(True)), ("none", lambda: FakeRunner(False))]
     list(evaluate(starts, SETTINGS, lambda what, done: seen.append(done)))
     assert sum(seen) == runs.steps(starts, SETTINGS)
+
+
+def test_a_task_may_have_a_count_of_its_own():
+    from vllm_retrieval_attn.cli_eval import _counts
+
+    names, counts = _counts("prose:3, planted")
+    assert (names, counts) == ("prose,planted", {"prose": 3})
+    settings = replace(SETTINGS, counts=counts, lengths=(1000,))
+    starts = [("full", lambda: FakeRunner(True))]
+    found = {row["task"]: row["n"] for row in evaluate(starts, settings)}
+    assert found == {"planted": 2, "prose": 3 * 48}
+    assert runs.steps(starts, settings) == 5
+    with pytest.raises(typer.BadParameter, match="crowd:none"):
+        _counts("crowd:none")
 
 
 def test_longer_than_the_model_is_refused_and_the_engine_closed():

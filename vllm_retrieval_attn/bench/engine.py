@@ -17,6 +17,7 @@ class Answer:
     Attributes:
         tokens: generated ids. text: their text, empty without a tokenizer. finish: finish reason.
         times: seconds from arrival to each token. logprobs: top logprobs of each token, if asked for.
+        retrieval: what the response says under ``kv_transfer_params``, if anything.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -24,6 +25,7 @@ class Answer:
     finish: str | None = None
     times: list[float] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    retrieval: dict[str, Any] | None = None
 
 
 class InProcessEngine:
@@ -109,6 +111,7 @@ class InProcessEngine:
                 answer.tokens = list(found.token_ids)
                 answer.times += [now] * new
                 answer.text, answer.finish = found.text, found.finish_reason
+                answer.retrieval = (output.kv_transfer_params or {}).get("retrieval")
                 if found.logprobs:
                     answer.logprobs = [{token: p.logprob for token, p in row.items()} for row in found.logprobs]
         self.drain()

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from vllm_retrieval_attn.bench.capture_file import Head
 from vllm_retrieval_attn.core.ownership import INDEX_BLOCK, INDEX_LEAST
 from vllm_retrieval_attn.index.choosing import choice_scratch, choose
-from vllm_retrieval_attn.index.head import HeadIndex, found_for, wanted
+from vllm_retrieval_attn.index.head import HeadIndex, found_for
+from vllm_retrieval_attn.index.search import MOST
 from vllm_retrieval_attn.sketch.codes import encode, score
 from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_of
 from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
@@ -91,10 +92,9 @@ class FaissRule(Rule):
         group = head.q.shape[0]
         if self._covered:
             self._index.append(self.keys[: self._covered])
-            shards = self._index.shards
-            k = max(wanted(shard.size, self._covered, candidates) for shard in shards)
-            self._found = found_for(len(shards), group, k)
-            self._work = choice_scratch(self._covered, len(shards), k, n)
+            shards = len(self._index.shards)
+            self._found = found_for(shards, group)
+            self._work = choice_scratch(self._covered, shards, MOST, n)
 
     @property
     def index_bytes(self) -> int:
@@ -105,9 +105,7 @@ class FaissRule(Rule):
         if not self._covered:
             return tail, np.zeros(len(tail), np.float32)
         shards = len(self._index.shards)
-        turned, shift = self._index.turn(queries)
-        for number in range(shards):
-            self._index.search(number, turned, shift, self._candidates, self._found)
+        self._index.find(queries, self._candidates, self._found)
         seed = np.uint64(seed_of(0, position, 0, 0))
         count = choose(
             self._found, shards, self.scale, np.asarray(outside, np.float32), limits.rows, limits.tau, seed, self._work

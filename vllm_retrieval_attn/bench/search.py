@@ -14,6 +14,7 @@ import torch
 
 from vllm_retrieval_attn.core.config import RetrievalConfig, resolve
 from vllm_retrieval_attn.core.ownership import INDEX_BLOCK
+from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.index.rows import BFLOAT16
 from vllm_retrieval_attn.sketch.space import ROTATION
 from vllm_retrieval_attn.store.arena import Arena
@@ -36,9 +37,10 @@ class LayerSearch:
     def __init__(self, shape: tuple[int, int, int], tokens: int, layers: int, knobs: dict[str, Any]) -> None:
         kv_heads, group, dim = shape
         per_token = layers * kv_heads * dim * 4
+        index = round(layers * kv_heads * bytes_per_key(dim))
         config = resolve(
-            RetrievalConfig(host_memory_gb=1.05 * tokens * per_token * 9 / 8 / 1e9 + 0.1, **knobs),
-            bytes_per_token=per_token, kv_heads=kv_heads, block_size=16, ranks=1, index_bytes_per_token=per_token // 8,
+            RetrievalConfig(host_memory_gb=1.05 * tokens * (per_token + index) / 1e9 + 0.1, **knobs),
+            bytes_per_token=per_token, kv_heads=kv_heads, block_size=16, ranks=1, index_bytes_per_token=index,
         )  # fmt: skip
         self.config, self.tokens = config, tokens
         pages = -(-tokens // config.page_tokens)

@@ -3,7 +3,7 @@
 Answers come from what evaluation/runners.py starts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -20,8 +20,8 @@ SCORE_TOKENS = 48
 class Row(TypedDict):
     """One task at one length in one mode.
 
-    ``right`` and ``same_as_full`` are shares of ``n`` answers, ``kl`` (nats) and ``ppl`` are over ``n`` tokens; None
-    where a figure does not apply.
+    ``right`` and ``same_as_full`` are shares of ``n`` answers, ``kl`` (nats) and ``ppl`` are over ``n`` tokens,
+    ``rows_mean`` is the host rows that a decode step read for a KV head; None where a figure does not apply.
     """
 
     mode: str
@@ -32,16 +32,19 @@ class Row(TypedDict):
     same_as_full: float | None
     kl: float | None
     ppl: float | None
+    rows_mean: float | None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to ask: ``lengths`` in tokens, ``count`` documents a task and length, ``text`` to make them of."""
+    """What to ask: ``lengths`` in tokens, ``count`` documents a task and length but where ``counts`` names another,
+    ``text`` to make them of."""
 
     text: str
     tasks: Sequence[str] = TASKS
     lengths: Sequence[int] = (4096,)
     count: int = 4
+    counts: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     score_tokens: int = SCORE_TOKENS
 
@@ -99,10 +102,11 @@ def _make(runner: Runner, settings: Settings) -> _Work:
     work = _Work()
     encode: Encode = runner.encode
     begin = _leading(runner)
-    count, seed = settings.count, settings.seed
+    seed = settings.seed
     for length in settings.lengths:
         room = length - len(begin)
         for name in settings.tasks:
+            count = settings.counts.get(name, settings.count)
             if name == PROSE:
                 found = passages(encode, settings.text, room, count, seed, settings.score_tokens)
                 work.passages[name, length] = [Passage(begin + part.prompt, part.tokens) for part in found]
@@ -116,6 +120,13 @@ def _make(runner: Runner, settings: Settings) -> _Work:
 
 def _share(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6)
+
+
+def _mean_taken(rows: list[int]) -> float | None:
+    """The mean of what was told since the last call."""
+    mean = round(sum(rows) / len(rows), 1) if rows else None
+    rows.clear()
+    return mean
 
 
 def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[Row]:
@@ -142,6 +153,7 @@ def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[
                 else _share([task.same(*both) for task, *both in zip(tasks, reference, replies, strict=True)]),
                 kl=None,
                 ppl=None,
+                rows_mean=_mean_taken(runner.rows_read),
             )
         )
     for (name, length), parts in work.passages.items():
@@ -165,6 +177,7 @@ def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[
                 same_as_full=None,
                 kl=float(np.mean(kl)) if kl else None,
                 ppl=perplexity(scores) if scores else None,
+                rows_mean=_mean_taken(runner.rows_read),
             )
         )
     return rows
@@ -172,7 +185,8 @@ def _run_mode(mode: str, runner: Runner, work: _Work, advance: Advance) -> list[
 
 def steps(starts: Starts, settings: Settings) -> int:
     """Answers that :func:`evaluate` reports to ``advance``."""
-    return len(starts) * len(settings.lengths) * len(settings.tasks) * settings.count
+    counts = (settings.counts.get(name, settings.count) for name in settings.tasks)
+    return len(starts) * len(settings.lengths) * sum(counts)
 
 
 def evaluate(starts: Starts, settings: Settings, advance: Advance = lambda what, done: None) -> Iterator[Row]:

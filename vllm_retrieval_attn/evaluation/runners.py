@@ -54,6 +54,8 @@ class Runner(Protocol):
 
     limit: int
     """Most tokens of a request."""
+    rows_read: list[int]
+    """Of each request that searched: host rows that a decode step read for a KV head, on average."""
 
     def encode(self, text: str, special: bool = False) -> list[int]: ...
     def answer(self, task: Task) -> str: ...
@@ -143,6 +145,7 @@ class EngineRunner:
         )
         config = self._engine.engine.vllm_config
         self.limit = int(config.model_config.max_model_len)
+        self.rows_read: list[int] = []
         self._v2 = bool(config.use_v2_model_runner)
         self._vocabulary = int(config.model_config.get_vocab_size())
         self._tokenizer: Any = self._engine.llm.get_tokenizer()
@@ -155,7 +158,12 @@ class EngineRunner:
         (answer,) = self._engine.run([task.prompt], temperature=0, max_tokens=task.max_tokens)
         if answer.finish not in ("stop", "length"):
             raise RuntimeError(f"retrieval: a request ended with {answer.finish!r}; the log above says why")
+        self._told(answer.retrieval)
         return answer.text
+
+    def _told(self, report: dict[str, Any] | None) -> None:
+        if report and report["rows_read"]:
+            self.rows_read.append(int(report["rows_read"]))
 
     def score(self, passage: Passage) -> Scores:
         from vllm.sampling_params import RequestOutputKind
@@ -177,6 +185,7 @@ class EngineRunner:
         (output,) = [output for outputs in self._engine.steps() for output in outputs]
         self._engine.drain()
         found = output.outputs[0]
+        self._told((output.kv_transfer_params or {}).get("retrieval"))
         if list(found.token_ids) != tokens:
             raise RuntimeError(
                 f"retrieval: {len(found.token_ids)} of {len(tokens)} tokens of the text were decoded, not all as given"
@@ -220,6 +229,7 @@ class ServerRunner:
         except openai.OpenAIError as error:
             raise ValueError(f"retrieval: {self._url} does not name its models: {error}") from None
         self.limit = int(self._tokenize("a")["max_model_len"])
+        self.rows_read: list[int] = []
 
     def _tokenize(self, text: str, special: bool = False) -> dict[str, Any]:
         body = json.dumps({"model": self._model, "prompt": text, "add_special_tokens": special}).encode()
@@ -244,6 +254,9 @@ class ServerRunner:
             )
         except openai.OpenAIError as error:
             raise RuntimeError(f"retrieval: {self._url} did not answer: {error}") from None
+        report = ((reply.model_extra or {}).get("kv_transfer_params") or {}).get("retrieval")
+        if report and report["rows_read"]:
+            self.rows_read.append(int(report["rows_read"]))
         return reply.choices[0].text
 
     def score(self, passage: Passage) -> None:

@@ -1,8 +1,8 @@
 """Choosing rows from Faiss's candidates: sketch/sampling.py's rule in Numba, where most keys have one weight.
 
-Of each shard (index/shard.py) the best candidates of every query head have an estimated score; a key that is missing
-among a head's candidates scores below the last of them, and is taken to weigh REST of what that one does. So all keys
-that are no candidate of any head weigh the same, and tiles of nothing else cost next to nothing.
+Of each shard (index/shard.py) the keys that score above a threshold for a query head have an estimated score; all
+others are taken to weigh REST of what a key at the threshold does. So all keys that are no candidate of any head weigh
+the same, and tiles of nothing else cost next to nothing.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from vllm_retrieval_attn.index.rows import exp_in_place, jit
 from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE
 
 REST = np.float32(0.3)
-"""Weight of a key that is no candidate, as a share of the last candidate's: better than 0.1 and 0.6 (docs/index.md)."""
+"""Weight of a key that is no candidate, as a share of a key's at the threshold: better than 0.1 and 0.6
+(docs/index.md)."""
 BINS = 1 << (32 - BIN_SHIFT)
 WORD = 64
 """Keys of a word of marks; shards begin with a word."""
@@ -27,16 +28,18 @@ class Found(NamedTuple):
     """Candidates of one (row, KV head), shard after shard.
 
     Attributes:
-        scores, ids: (shards, g * k) float32 inner products by code, and int64 numbers of keys within the shard. Of a
-            shard s the first ``g * counts[s]`` are in use: each head's best ``counts[s]``, descending.
-        shifts: (shards, g) float32, what is to be added to the scores.
-        counts: (shards,) int64 candidates of each head in use. firsts, sizes: (shards,) int64 first key and keys.
+        scores, ids: (shards, room) float32 inner products by code less ``shifts``, and int32 numbers of keys within the
+            shard; those of query head i of shard s at ``starts[s, i] .. starts[s, i + 1]``, in no order.
+        starts: (shards, g + 1) int64. floors: (shards, g) float32, less than which all others score.
+        shifts: (g,) float32, what is to be added to the scores.
+        firsts, sizes: (shards,) int64 first key and keys.
     """
 
     scores: npt.NDArray[np.float32]
-    ids: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int64]
+    floors: npt.NDArray[np.float32]
     shifts: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.int64]
     firsts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
 
@@ -105,39 +108,40 @@ def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> Non
         found: Found; its scores are overwritten. scale: softmax scale.
         outside: (g,) natural log-sum-exp over the keys that are read anyway.
     """
-    g = found.shifts.shape[1]
     for s in range(shards):
         work.rest[s] = 0.0
-    for i in range(g):
-        top = outside[i]
+    for i in range(len(found.shifts)):
+        shift, top = found.shifts[i], outside[i]
         for s in range(shards):
-            if found.counts[s] > 0:
-                top = max(top, (found.scores[s, i * found.counts[s]] + found.shifts[s, i]) * scale)
-        total = np.exp(outside[i] - top)
+            first, last = found.starts[s, i], found.starts[s, i + 1]
+            best = found.floors[s, i]
+            for c in range(first, last):
+                best = max(best, found.scores[s, c])
+            top = max(top, (best + shift) * scale)
+        total = np.float64(np.exp(outside[i] - top))
         for s in range(shards):
-            count, shift = found.counts[s], found.shifts[s, i]
-            scores = found.scores[s, i * count : (i + 1) * count]
-            for c in range(count):
+            first, last = found.starts[s, i], found.starts[s, i + 1]
+            scores = found.scores[s, first:last]
+            for c in range(last - first):
                 scores[c] = (scores[c] + shift) * scale - top
-            exp_in_place(scores, count, work.exp_bits, work.exp_scale)
+            exp_in_place(scores, last - first, work.exp_bits, work.exp_scale)
             part = np.float32(0.0)
-            for c in range(count):
+            for c in range(last - first):
                 part += scores[c]
-            total += part
-            left = found.sizes[s] - count
-            if left > 0:
-                total += scores[count - 1] * REST * left
+            left = found.sizes[s] - (last - first)
+            total += part + np.exp((found.floors[s, i] + shift) * scale - top) * REST * left
+        share = np.float32(1.0 / total)
         for s in range(shards):
-            count, first = found.counts[s], found.firsts[s]
-            scores, ids = found.scores[s, i * count : (i + 1) * count], found.ids[s, i * count : (i + 1) * count]
+            first, last = found.starts[s, i], found.starts[s, i + 1]
             floor = np.float32(0.0)
-            if found.sizes[s] > count:
-                floor = scores[count - 1] * REST / total
-            for c in range(count):
-                key = first + ids[c]
-                work.extra[key] += scores[c] / total - floor
-                work.marks[key // WORD] |= np.uint64(1) << np.uint64(key % WORD)
+            if found.sizes[s] > last - first:
+                floor = np.exp((found.floors[s, i] + shift) * scale - top) * REST * share
             work.rest[s] += floor
+            key = found.firsts[s]
+            for c in range(first, last):
+                place = key + found.ids[s, c]
+                work.extra[place] += found.scores[s, c] * share - floor
+                work.marks[place // WORD] |= np.uint64(1) << np.uint64(place % WORD)
 
 
 @jit

@@ -12,22 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import Found
-from vllm_retrieval_attn.index.rows import jit
+from vllm_retrieval_attn.index.native import native
+from vllm_retrieval_attn.index.search import MOST, search_shard, threshold, turn
 from vllm_retrieval_attn.index.shard import BLOCK, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
 
 REFERENCE = 1024
 """Keys whose mean and deviation the next shard takes; the first append must bring as many. Divides a shard."""
-SLACK = 1.5
-"""A shard gives so many times its share of the candidates: the best keys do not lie evenly."""
-MOST = 1024
-"""Candidates that a shard is asked for at most: beyond, Faiss takes more than twice as long."""
 
-
-@jit
-def wanted(size: int, keys: int, candidates: int) -> int:
-    """How many of ``candidates`` for ``keys`` keys a shard of ``size`` keys is asked for."""
-    return min(size, MOST, int(candidates * min(1.0, SLACK * size / keys)) + 1)
+NO_ADDRESSES = (0,) * 6
 
 
 class _Moments:
@@ -61,9 +54,9 @@ class HeadIndex:
 
     Attributes:
         size: keys indexed. shards: of them.
-        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects, (shards,) int64; means
-            and deviations of the shards, (shards, d) float32; the space's transform of queries, (d, d) float32, and its
-            mean, (d,) float32.
+        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects and the samples of the
+            shards, (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
+            queries, (d, d) float32, and its mean, (d,) float32.
     """
 
     def __init__(self, space: Space) -> None:
@@ -72,7 +65,7 @@ class HeadIndex:
         self._dim = len(space.mean)
         self._moments = _Moments(self._dim)
         self.shards: list[Shard] = []
-        self.addresses = (0, 0, 0, 0, 0)
+        self.addresses = NO_ADDRESSES
         self.size = 0
 
     @property
@@ -105,39 +98,41 @@ class HeadIndex:
     def _publish(self) -> None:
         held = (
             np.array([shard.address for shard in self.shards], np.int64),
+            np.array([shard.samples.ctypes.data for shard in self.shards], np.int64),
             np.stack([shard.mean for shard in self.shards]),
             np.stack([shard.deviation for shard in self.shards]),
             self._space.queries,
             self._space.mean,
         )
         self._held = held  # arrays live as long as their addresses are known
-        self.addresses = tuple(part.ctypes.data for part in held)  # type: ignore[assignment]  # five of them
+        self.addresses = tuple(part.ctypes.data for part in held)  # type: ignore[assignment]  # six of them
 
-    def turn(self, queries: Floats) -> tuple[Floats, Floats]:
-        """(g, d) queries among the coordinates, and (g,) what the space's mean adds to every inner product."""
-        return queries @ self._space.queries.T, queries @ self._space.mean
-
-    def search(self, number: int, turned: Floats, shift: Floats, candidates: int, found: Found) -> int:
-        """Put the best keys of a shard for each query head into ``found``; returns how many of each.
+    def find(self, queries: Floats, candidates: int, found: Found) -> None:
+        """Put the keys that score best for each query head into ``found``; the plain way through index/search.py.
 
         Args:
-            turned, shift: as :meth:`turn` gives them.
+            queries: (g, d). candidates: about how many keys of each query head.
         """
-        shard, group = self.shards[number], len(turned)
-        k = wanted(shard.size, self.size, candidates)
-        found.counts[number], found.firsts[number], found.sizes[number] = k, number * SHARD_TOKENS, shard.size
-        found.shifts[number] = shift + turned @ shard.mean
-        shard.search(turned * shard.deviation, *best_of(found, number, group))
-        return k
+        group = len(queries)
+        turned = np.zeros((group, self._dim), np.float32)
+        best = np.zeros(candidates // 64 + 2, np.float32)
+        samples = np.array([shard.samples.ctypes.data for shard in self.shards], np.int64)
+        floors = np.zeros(group, np.float32)
+        for i in range(group):
+            turn(self._space.queries, queries[i], turned[i])
+            floors[i] = threshold(samples, self.size, candidates, turned[i], best)
+            found.shifts[i] = queries[i] @ self._space.mean
+        scaled = np.zeros((group, self._dim + 1), np.float32)
+        for number, shard in enumerate(self.shards):
+            found.firsts[number], found.sizes[number] = number * SHARD_TOKENS, shard.size
+            search_shard(native(), shard.address, shard.mean, shard.deviation, turned, floors, scaled, number, found)
 
 
-def best_of(found: Found, shard: int, group: int) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """(g, k) scores and (g, k) ids of a shard's candidates, as views."""
-    k = int(found.counts[shard])
-    return found.scores[shard, : group * k].reshape(group, k), found.ids[shard, : group * k].reshape(group, k)
-
-
-def found_for(shards: int, group: int, k: int) -> Found:
-    """Empty candidates of ``shards`` shards and ``group`` query heads, up to ``k`` of each."""
-    scores, ids = np.zeros((shards, group * k), np.float32), np.zeros((shards, group * k), np.int64)
-    return Found(scores, ids, np.zeros((shards, group), np.float32), *np.zeros((3, shards), np.int64))
+def found_for(shards: int, group: int) -> Found:
+    """Empty candidates of ``shards`` shards and ``group`` query heads."""
+    room = group * MOST
+    return Found(
+        np.zeros((shards, room), np.float32), np.zeros((shards, room), np.int32),
+        np.zeros((shards, group + 1), np.int64), np.zeros((shards, group), np.float32), np.zeros(group, np.float32),
+        *np.zeros((2, shards), np.int64),
+    )  # fmt: skip

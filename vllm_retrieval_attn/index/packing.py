@@ -1,7 +1,8 @@
 """Codes in the layout that Faiss's FastScan scans (faiss/impl/pq4_fast_scan.cpp, ``pq4_pack_codes``).
 
 A block holds 32 keys. For each pair of dimensions it has 32 bytes: 16 for the first, 16 for the second; byte j carries
-the codes of keys ``ORDER[j]`` (low nibble) and ``ORDER[j] + 16`` (high nibble).
+the codes of keys ``ORDER[j]`` (low nibble) and ``ORDER[j] + 16`` (high nibble). After the keys' d dimensions (d is
+even) one more follows, alike for all keys (index/shard.py), and one that makes the number even; both have code 0.
 """
 
 from typing import Any
@@ -14,12 +15,24 @@ ORDER = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 STEP = 0.48
 """Distance of two levels in standard deviations of the keys before (index/head.py). Wider than is best for normally
 distributed keys: what drifts must not be cut off."""
+SAMPLE = 128
+"""One key of so many, the middle one, is kept as it is: thresholds are taken from those (index/search.py)."""
 _INVERSE = np.float32(1.0 / STEP)
+
+
+def packed_bytes(n: int, dim: int) -> int:
+    """Bytes of ``n`` keys of ``dim`` dimensions, whole blocks."""
+    return n * (dim + 2) // 2
+
+
+def bytes_per_key(dim: int) -> float:
+    """Bytes of a key of ``dim`` dimensions in an index: code, Faiss's number of it, and its part of a sample."""
+    return (dim + 2) / 2 + 8 + 4 * dim / SAMPLE
 
 
 @jit
 def pack(places: Any, out: Any) -> None:
-    """Code coordinates (n, d) float32, n a multiple of 32, into ``out`` (n * d / 2,) uint8."""
+    """Code coordinates (n, d) float32, n a multiple of 32, into ``out``, packed_bytes(n, d) uint8."""
     n, dim = places.shape
     levels = np.empty((32, dim), np.uint8)
     for block in range(n // 32):
@@ -29,8 +42,9 @@ def pack(places: Any, out: Any) -> None:
             for j in range(dim):
                 x = np.rint(row[j] * _INVERSE + np.float32(7.5))
                 line[j] = np.uint8(min(max(x, np.float32(0.0)), np.float32(15.0)))
-        base = block * 16 * dim
+        base = block * 16 * (dim + 2)
         for b in range(16):
             low, high = levels[ORDER[b]], levels[ORDER[b] + 16]
             for j in range(dim):
                 out[base + (j // 2) * 32 + (j % 2) * 16 + b] = low[j] | (high[j] << np.uint8(4))
+        out[base + 16 * dim : base + 16 * (dim + 2)] = 0

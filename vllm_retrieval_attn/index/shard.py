@@ -1,11 +1,16 @@
 """An append-only Faiss index over at most SHARD_TOKENS keys of one KV head: 4-bit codes, scanned with SIMD.
 
-Faiss's ``IndexPQFastScan`` with one dimension a sub-quantizer, whose codebooks are set instead of trained: 16 uniform
-levels in coordinates that have about mean 0 and deviation 1 (index/head.py). Measured against trained codebooks in
-docs/index.md. Keys are appended in whole blocks of BLOCK, already in Faiss's own layout (index/packing.py): its ``add``
-takes many times as long, nearly all of it for encoding.
+Faiss's ``IndexIVFPQFastScan`` with a single list (the kind that answers range searches) and one dimension a
+sub-quantizer, whose codebooks are set instead of trained: 16 uniform levels in coordinates that have about mean 0 and
+deviation 1 (index/head.py). Measured against trained codebooks in docs/index.md. One more dimension is 1 for every key:
+a query carries there what is to be subtracted from its scores, so that a search for scores above 0 has a threshold of
+its own for every query. Keys are appended in whole blocks of BLOCK, already in Faiss's own layout (index/packing.py):
+its ``add`` takes many times as long, nearly all of it for encoding.
+
+All that scores above a threshold comes in no order, which takes Faiss half as long as the best k (docs/index.md).
 """
 
+from functools import cache
 from typing import Any
 
 import faiss
@@ -13,16 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.native import object_address
-from vllm_retrieval_attn.index.packing import STEP, pack
+from vllm_retrieval_attn.index.packing import SAMPLE, STEP, bytes_per_key, pack, packed_bytes
 from vllm_retrieval_attn.sketch.space import Floats
 
 SHARD_TOKENS = 8192
 """Keys of a shard, the unit that one thread searches: a multiple of a tile and of BLOCK."""
 BLOCK = 32
 """Keys that Faiss's layout takes together."""
+SAMPLES = SHARD_TOKENS // SAMPLE
 
 _faiss: Any = faiss
 LEVELS = ((np.arange(16) - 7.5) * STEP).astype(np.float32)
+
+
+@cache
+def _quantizer(dim: int) -> Any:
+    """The one list's centre, shared by all shards."""
+    quantizer = faiss.IndexFlatIP(dim)
+    quantizer.add(np.zeros((1, dim), np.float32))
+    return quantizer
 
 
 class Shard:
@@ -30,14 +44,24 @@ class Shard:
 
     Args:
         mean, deviation: (d,) float32; coordinates are shifted and scaled by them before they are coded.
+
+    Attributes:
+        samples: (SAMPLES, d) float32 coordinates, neither shifted nor scaled, of the keys
+            ``SAMPLE / 2 + SAMPLE * j``.
     """
 
     def __init__(self, mean: Floats, deviation: Floats) -> None:
         self.mean, self.deviation = mean, deviation
         dim = self._dim = len(mean)
-        self._index: Any = faiss.IndexPQFastScan(dim, dim, 4, faiss.METRIC_INNER_PRODUCT)
-        faiss.copy_array_to_vector(np.tile(LEVELS, dim), self._index.pq.centroids)
+        self._index: Any = faiss.IndexIVFPQFastScan(
+            _quantizer(dim + 1), dim + 1, 1, dim + 1, 4, faiss.METRIC_INNER_PRODUCT
+        )
+        self._index.by_residual = False
+        levels = np.concatenate((np.tile(LEVELS, dim), np.ones(16, np.float32)))
+        faiss.copy_array_to_vector(levels, self._index.pq.centroids)
         self._index.is_trained = True
+        self._list: Any = _faiss.downcast_InvertedLists(self._index.invlists)
+        self.samples = np.zeros((SAMPLES, dim), np.float32)
 
     @property
     def address(self) -> int:
@@ -50,28 +74,24 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes held."""
-        return self.size * self._dim // 2
+        """Bytes held."""
+        return int(self.size * bytes_per_key(self._dim))
+
+    @property
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """What Faiss scans, as a view."""
+        view: npt.NDArray[np.uint8] = _faiss.rev_swig_ptr(self._list.get_codes(0), packed_bytes(self.size, self._dim))
+        return view
 
     def append(self, places: Floats) -> None:
         """Add keys, given by their coordinates (n, d); n is a multiple of BLOCK."""
-        index = self._index
         before, after = self.size, self.size + len(places)
         if len(places) % BLOCK or after > SHARD_TOKENS:
             raise ValueError(f"a shard takes whole blocks of {BLOCK} up to {SHARD_TOKENS} keys, not {after}")
-        wanted = after * self._dim // 2
-        if wanted > index.codes.size():
-            index.codes.resize(wanted)  # Faiss rounds up to a power of two
-        codes = _faiss.rev_swig_ptr(index.codes.get(), index.codes.size())
-        pack((places - self.mean) / self.deviation, codes[before * self._dim // 2 : wanted])
-        index.ntotal2 = after
-        index.ntotal = after
-
-    def search(self, queries: Floats, scores: Floats, ids: npt.NDArray[np.int64]) -> None:
-        """The best keys of each query.
-
-        Args:
-            queries: (g, d), scaled by :attr:`deviation`. scores, ids: (g, k) written: estimated inner products with the
-                shifted keys, descending, and numbers of keys; k is at most :attr:`size`.
-        """
-        self._index.search(np.ascontiguousarray(queries), scores.shape[1], D=scores, I=ids)
+        self._list.resize(0, after)  # Faiss rounds up to a power of two
+        self._index.ntotal = after
+        pack((places - self.mean) / self.deviation, self.codes[packed_bytes(before, self._dim) :])
+        _faiss.rev_swig_ptr(self._list.get_ids(0), after)[before:] = np.arange(before, after)
+        first = -(-(before - SAMPLE // 2) // SAMPLE)  # the first sample that is not there yet
+        taken = places[first * SAMPLE + SAMPLE // 2 - before :: SAMPLE]
+        self.samples[first : first + len(taken)] = taken

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_retrieval_attn.core import config as knobs_module
 from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalConfig
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, NAME
 
 if TYPE_CHECKING:
@@ -135,11 +136,11 @@ def kv_bytes_per_token(vllm_config: "VllmConfig") -> int:
     return layers * model.get_num_kv_heads(parallel) * 2 * model.get_head_size() * itemsize
 
 
-def code_bytes_per_token(vllm_config: "VllmConfig") -> int:
-    """Bytes of one token's 4-bit codes in one rank's full-attention layers."""
+def index_bytes_per_token(vllm_config: "VllmConfig") -> int:
+    """Bytes of one token in the indexes of one rank's full-attention layers."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = count_full_attention_layers(model, parallel)
-    return layers * model.get_num_kv_heads(parallel) * model.get_head_size() // 2
+    return round(layers * model.get_num_kv_heads(parallel) * bytes_per_key(model.get_head_size()))
 
 
 def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedConfig:
@@ -166,7 +167,7 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
         spoken_for = cache.kv_cache_memory_bytes or 0
     return knobs_module.resolve(
         knobs,
-        index_bytes_per_token=code_bytes_per_token(vllm_config) if knobs.index == "attention" else 0,
+        index_bytes_per_token=index_bytes_per_token(vllm_config) if knobs.index == "attention" else 0,
         bytes_per_token=per_token,
         kv_heads=vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config),
         block_size=cache.block_size,

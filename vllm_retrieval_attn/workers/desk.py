@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_retrieval_attn.index.head import MOST, HeadIndex
-from vllm_retrieval_attn.index.native import search_address
+from vllm_retrieval_attn.index.head import NO_ADDRESSES, HeadIndex
+from vllm_retrieval_attn.index.native import Native, native
 from vllm_retrieval_attn.index.rows import Memory, memory_of
+from vllm_retrieval_attn.index.search import MOST
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
@@ -42,27 +43,27 @@ EXACT_PIECE = 4096
 # int64 numbers of a task
 (
     TASK_ROW, TASK_HEAD, TASK_LAYER, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_BASE, TASK_LIMIT, TASK_POSITION,
-    TASK_SEED, TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_MEANS, TASK_DEVIATIONS,
-    TASK_TURN, TASK_CENTRE,
-) = range(20)  # fmt: skip
+    TASK_SEED, TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_SAMPLES, TASK_MEANS,
+    TASK_DEVIATIONS, TASK_TURN, TASK_CENTRE,
+) = range(21)  # fmt: skip
 """Row of the message, KV head and layer; host tokens, and how many are indexed; page table; element of a page where the
 head's rows begin; rows to read; position and the request's seed; whether its choice is kept; first unit and their
 number; how many are done; whether it failed; addresses, as HeadIndex has them."""
-TASK_FIELDS = 20
+TASK_FIELDS = 21
 UNIT_TASK, UNIT_NUMBER = 0, 1
 
 # int64 numbers of the desk: counters in lines of their own, then addresses and sizes of the arrays
 NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED = (8 * number for number in range(9))
 """Next unit; threads that may look at the arrays; tasks left; keys scored and rows read; the message that is open, 0:
-none; threads that sleep until there is one; next task whose queries are to be turned, and how many are not yet."""
-TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, CENTRES_AT = range(80, 88)
-SCORES_AT, IDS_AT, SHIFTS_AT, COUNTS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(88, 95)
+none; threads that sleep until there is one; next query head of a task to be turned, and how many are not yet."""
+TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, SHIFTS_AT, THRESHOLDS_AT = range(80, 89)
+SCORES_AT, IDS_AT, STARTS_AT, FLOORS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(89, 96)
 DESK_NUMBERS = 96
 
 
 class Geometry(NamedTuple):
-    """Numbers that never change: see Layout; ``page_elements``: from one page to the next. ``search``: address of
-    Faiss's search. ``candidates``: best keys asked for, of each query head."""
+    """Numbers that never change: see Layout; ``page_elements``: from one page to the next. ``native``: addresses
+    of Faiss's functions. ``candidates``: about how many keys are asked for, of each query head."""
 
     group: int
     dim: int
@@ -73,7 +74,7 @@ class Geometry(NamedTuple):
     first_head: int
     scale: np.float32
     candidates: int
-    search: int
+    native: Native
 
 
 class Shared(NamedTuple):
@@ -93,7 +94,7 @@ class Desk:
 
     Args:
         layout, views: the shared file of the rank. indexes: of the actor. scale: softmax scale.
-        candidates: best keys asked for, of each query head.
+        candidates: about how many keys are asked for, of each query head.
 
     Attributes:
         numbers: (DESK_NUMBERS,) int64. geometry, shared: for compiled code.
@@ -104,7 +105,7 @@ class Desk:
         self.numbers = np.zeros(DESK_NUMBERS, np.int64)
         self.geometry = Geometry(
             layout.group, layout.dim, layout.kv_heads, layout.pages, layout.page_tokens,
-            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates, search_address(),
+            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates, native(),
         )  # fmt: skip
         self.shared = Shared(
             indexes.memory, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
@@ -129,9 +130,10 @@ class Desk:
         self._units = np.zeros((units, 2), np.int64)
         self._held = [
             self._tasks, self._taus, self._units,
-            *np.zeros((2, tasks, group, dim), np.float32), np.zeros((tasks, group), np.float32),
-            np.zeros((units, group * MOST), np.float32), np.zeros((units, group * MOST), np.int64),
-            np.zeros((units, group), np.float32), *np.zeros((3, units), np.int64),
+            *np.zeros((2, tasks, group, dim), np.float32), *np.zeros((2, tasks, group), np.float32),
+            np.zeros((units, group * MOST), np.float32), np.zeros((units, group * MOST), np.int32),
+            np.zeros((units, group + 1), np.int64), np.zeros((units, group), np.float32),
+            *np.zeros((2, units), np.int64),
             np.zeros((units, group, dim + 2), np.float32),
         ]  # fmt: skip
         self.numbers[TASKS_AT : TASKS_AT + len(self._held)] = [array.ctypes.data for array in self._held]
@@ -161,7 +163,7 @@ class Desk:
         self._units[:first, UNIT_TASK], self._units[:first, UNIT_NUMBER] = of, np.arange(first) - firsts[of]
         self.numbers[TASKS], self.numbers[UNITS] = task, first
         self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = self.numbers[TURN] = 0
-        self.numbers[LEFT] = self.numbers[UNTURNED] = task
+        self.numbers[LEFT], self.numbers[UNTURNED] = task, task * self._layout.group
 
     def clear(self) -> None:
         """The message is over. Until then its indexes stay in memory, also where their requests have been given up: the
@@ -170,7 +172,7 @@ class Desk:
 
     def _task(self, row: int, head: int, layer: int, numbers: list[int], probed: bool) -> tuple[int, ...]:
         """A task but for its units."""
-        addresses, failed = (0, 0, 0, 0, 0), False
+        addresses, failed = NO_ADDRESSES, False
         if numbers[ROW_INDEXED]:
             key = (numbers[ROW_TABLE], layer, head)
             try:

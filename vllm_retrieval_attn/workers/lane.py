@@ -39,7 +39,7 @@ class Lane(threading.Thread):
         super().__init__(name=f"retrieval-lane-{actor}.{thread}", daemon=True)
         self._views, self._desk, self._actor, self._leads = views, desk, actor, thread == LEADER
         self._spin_ns = spin_ns
-        self._memory = None if self._leads else lane_memory(layout)
+        self._memory = None if self._leads else lane_memory(layout, desk.geometry.candidates)
         self._timeout = np.array(SLEEP, np.int64)
         self.ready = threading.Event()
         """Set once the lane has looked for a message: compiled and serving."""

@@ -115,13 +115,3 @@ def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def pointer_to(typingctx: Any, address: Any) -> Any:
-    """An address as the pointer that ``numba.carray`` takes."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), codegen

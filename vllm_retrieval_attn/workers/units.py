@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import ChoiceScratch, Found, choice_scratch, choose, seed_of
-from vllm_retrieval_attn.index.head import MOST, wanted
-from vllm_retrieval_attn.index.native import search_fastscan
+from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import (
     Running,
     Scratch,
@@ -25,16 +24,16 @@ from vllm_retrieval_attn.index.rows import (
     running,
     scratch,
 )
+from vllm_retrieval_attn.index.search import MOST, product, search_shard, shard_keys, threshold, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.workers.desk import (
     ACTIVE,
-    CENTRES_AT,
     CODES,
-    COUNTS_AT,
     EXACT_PIECE,
     FAILED,
     FIRSTS_AT,
+    FLOORS_AT,
     IDS_AT,
     LEFT,
     NEXT,
@@ -46,6 +45,7 @@ from vllm_retrieval_attn.workers.desk import (
     SHIFTS_AT,
     SIZES_AT,
     SLEEPERS,
+    STARTS_AT,
     TASK_BASE,
     TASK_CENTRE,
     TASK_DEVIATIONS,
@@ -62,6 +62,7 @@ from vllm_retrieval_attn.workers.desk import (
     TASK_POSITION,
     TASK_PROBED,
     TASK_ROW,
+    TASK_SAMPLES,
     TASK_SEED,
     TASK_TABLE,
     TASK_TOKENS,
@@ -70,6 +71,7 @@ from vllm_retrieval_attn.workers.desk import (
     TASKS,
     TASKS_AT,
     TAUS_AT,
+    THRESHOLDS_AT,
     TURN,
     TURNED_AT,
     UNIT_NUMBER,
@@ -83,7 +85,6 @@ from vllm_retrieval_attn.workers.sync import (
     fence,
     futex_wait,
     futex_wake,
-    pointer_to,
     read_clock_ns,
     sched_yield,
 )
@@ -93,7 +94,8 @@ class LaneMemory(NamedTuple):
     """What one thread works in.
 
     Attributes:
-        work, choice, run: see index/. scaled: (g, d) float32 queries in a shard's scale. out, lse: (g, d), (g,).
+        work, choice, run: see index/. scaled: (g, d + 1) float32 queries in a shard's scale. best: scratch of
+            index/search.py's thresholds. out, lse: (g, d), (g,).
         starts: (chosen,) int64.
     """
 
@@ -101,6 +103,7 @@ class LaneMemory(NamedTuple):
     choice: ChoiceScratch
     run: Running
     scaled: npt.NDArray[np.float32]
+    best: npt.NDArray[np.float32]
     out: npt.NDArray[np.float32]
     lse: npt.NDArray[np.float32]
     starts: npt.NDArray[np.int64]
@@ -108,24 +111,25 @@ class LaneMemory(NamedTuple):
 
 class Arrays(NamedTuple):
     """The desk's arrays, see Desk: tasks and units; of tasks, taus, scaled queries, queries in the space of the codes,
-    and what its centre adds; of units, candidates as in Found, and partial results (units, g, d + 2)."""
+    what its centre adds, and thresholds; of units, candidates as in Found, and partial results (units, g, d + 2)."""
 
     tasks: Any
     taus: Any
     units: Any
     queries: Any
     turned: Any
-    centres: Any
+    shifts: Any
+    thresholds: Any
     scores: Any
     ids: Any
-    shifts: Any
-    counts: Any
+    starts: Any
+    floors: Any
     firsts: Any
     sizes: Any
     parts: Any
 
 
-def lane_memory(layout: Layout) -> LaneMemory:
+def lane_memory(layout: Layout, candidates: int) -> LaneMemory:
     """Memory for the longest row there can be; what is not used is not touched."""
     keys = layout.table_pages * layout.page_tokens
     shape = (layout.group, layout.dim)
@@ -133,7 +137,8 @@ def lane_memory(layout: Layout) -> LaneMemory:
         scratch(*shape),
         choice_scratch(keys, -(-keys // SHARD_TOKENS), MOST, layout.most_chosen),
         running(*shape),
-        np.zeros(shape, np.float32),
+        np.zeros((layout.group, layout.dim + 1), np.float32),
+        np.zeros(candidates // 64 + 2, np.float32),
         np.zeros(shape, np.float32),
         np.zeros(layout.group, np.float32),
         np.zeros(layout.most_chosen, np.int64),
@@ -149,11 +154,12 @@ def _arrays(desk: Any, geometry: Any) -> Any:
         numba.carray(pointer_to(desk[UNITS_AT]), (units, 2), np.int64),
         numba.carray(pointer_to(desk[QUERIES_AT]), (tasks, g, d), np.float32),
         numba.carray(pointer_to(desk[TURNED_AT]), (tasks, g, d), np.float32),
-        numba.carray(pointer_to(desk[CENTRES_AT]), (tasks, g), np.float32),
+        numba.carray(pointer_to(desk[SHIFTS_AT]), (tasks, g), np.float32),
+        numba.carray(pointer_to(desk[THRESHOLDS_AT]), (tasks, g), np.float32),
         numba.carray(pointer_to(desk[SCORES_AT]), (units, g * MOST), np.float32),
-        numba.carray(pointer_to(desk[IDS_AT]), (units, g * MOST), np.int64),
-        numba.carray(pointer_to(desk[SHIFTS_AT]), (units, g), np.float32),
-        numba.carray(pointer_to(desk[COUNTS_AT]), (units,), np.int64),
+        numba.carray(pointer_to(desk[IDS_AT]), (units, g * MOST), np.int32),
+        numba.carray(pointer_to(desk[STARTS_AT]), (units, g + 1), np.int64),
+        numba.carray(pointer_to(desk[FLOORS_AT]), (units, g), np.float32),
         numba.carray(pointer_to(desk[FIRSTS_AT]), (units,), np.int64),
         numba.carray(pointer_to(desk[SIZES_AT]), (units,), np.int64),
         numba.carray(pointer_to(desk[PARTS_AT]), (units, g, d + 2), np.float32),
@@ -161,54 +167,45 @@ def _arrays(desk: Any, geometry: Any) -> Any:
 
 
 @jit
-def _products(matrix: Any, vector: Any, out: Any) -> None:
-    for i in range(len(matrix)):
-        total = np.float32(0.0)
-        row = matrix[i]
-        for j in range(len(vector)):
-            total += row[j] * vector[j]
-        out[i] = total
+def _found(arrays: Any, t: int, first: int, last: int) -> Any:
+    """Candidates in units ``[first, last)`` of a task."""
+    return Found(
+        arrays.scores[first:last], arrays.ids[first:last], arrays.starts[first:last], arrays.floors[first:last],
+        arrays.shifts[t], arrays.firsts[first:last], arrays.sizes[first:last],
+    )  # fmt: skip
 
 
 @jit
-def _turn(arrays: Any, t: int, geometry: Any, shared: Any) -> None:
-    """Load a task's queries, scaled, and turn them into the space of its codes."""
-    task, queries = arrays.tasks[t], arrays.queries[t]
+def _turn(arrays: Any, t: int, i: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Load a query of a task, scaled, turn it into the space of its codes, and find its threshold."""
+    task, query = arrays.tasks[t], arrays.queries[t, i]
     g, d = geometry.group, geometry.dim
-    flat = queries.reshape(-1)
-    start = (task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g * d
-    load(shared.queries, start, g * d, flat, flat.view(np.uint32))
+    start = ((task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g + i) * d
+    load(shared.queries, start, d, query, query.view(np.uint32))
     if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
-        turn = numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32)
-        centre = numba.carray(pointer_to(task[TASK_CENTRE]), (1, d), np.float32)
-        for i in range(g):
-            _products(turn, queries[i], arrays.turned[t, i])
-            _products(centre, queries[i], arrays.centres[t, i : i + 1])
-    for j in range(g * d):
-        flat[j] *= geometry.scale
+        shards = task[TASK_UNITS]
+        turned = arrays.turned[t, i]
+        turn(numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32), query, turned)
+        arrays.shifts[t, i] = product(numba.carray(pointer_to(task[TASK_CENTRE]), (d,), np.float32), query)
+        samples = numba.carray(pointer_to(task[TASK_SAMPLES]), (shards,), np.int64)
+        arrays.thresholds[t, i] = threshold(samples, task[TASK_INDEXED], geometry.candidates, turned, lane.best)
+    for j in range(d):
+        query[j] *= geometry.scale
 
 
 @jit
 def _search(arrays: Any, u: int, t: int, geometry: Any, lane: Any) -> int:
     """Candidates of one shard; returns its keys."""
-    g, d = geometry.group, geometry.dim
+    d = geometry.dim
     task, s = arrays.tasks[t], arrays.units[u, UNIT_NUMBER]
-    shards, keys = task[TASK_UNITS], task[TASK_INDEXED]
-    mean = numba.carray(pointer_to(task[TASK_MEANS]), (shards, d), np.float32)[s : s + 1]
+    shards = task[TASK_UNITS]
+    mean = numba.carray(pointer_to(task[TASK_MEANS]), (shards, d), np.float32)[s]
     deviation = numba.carray(pointer_to(task[TASK_DEVIATIONS]), (shards, d), np.float32)[s]
     index = numba.carray(pointer_to(task[TASK_OBJECTS]), (shards,), np.int64)[s]
-    size = min(SHARD_TOKENS, keys - s * SHARD_TOKENS)
-    k = wanted(size, keys, geometry.candidates)
-    arrays.counts[u], arrays.firsts[u], arrays.sizes[u] = k, s * SHARD_TOKENS, size
-    for i in range(g):
-        turned = arrays.turned[t, i]
-        for j in range(d):
-            lane.scaled[i, j] = turned[j] * deviation[j]
-        _products(mean, turned, arrays.shifts[u, i : i + 1])
-        arrays.shifts[u, i] += arrays.centres[t, i]
-    search_fastscan(
-        geometry.search, index, g, lane.scaled.ctypes.data, k, arrays.scores[u].ctypes.data, arrays.ids[u].ctypes.data
-    )
+    size = shard_keys(s, task[TASK_INDEXED])
+    arrays.firsts[u], arrays.sizes[u] = s * SHARD_TOKENS, size
+    found = _found(arrays, t, u, u + 1)
+    search_shard(geometry.native, index, mean, deviation, arrays.turned[t], arrays.thresholds[t], lane.scaled, 0, found)
     return size
 
 
@@ -273,11 +270,7 @@ def _attend_chosen(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -
     """Choose rows of a task and attend to them, and to those beyond its index; returns how many, -1 on failure."""
     task, queries, g = arrays.tasks[t], arrays.queries[t], geometry.group
     first, shards = task[TASK_FIRST], task[TASK_UNITS]
-    last = first + shards
-    found = Found(
-        arrays.scores[first:last], arrays.ids[first:last], arrays.shifts[first:last], arrays.counts[first:last],
-        arrays.firsts[first:last], arrays.sizes[first:last],
-    )  # fmt: skip
+    found = _found(arrays, t, first, first + shards)
     head = task[TASK_HEAD]
     outside = shared.outside[task[TASK_ROW], head * g : (head + 1) * g]
     seed = seed_of(task[TASK_SEED], task[TASK_POSITION], task[TASK_LAYER], geometry.first_head + head)
@@ -330,10 +323,10 @@ def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
     arrays = _arrays(desk, geometry)
     place = desk.ctypes.data
     while True:
-        t = atomic_add(place + TURN * 8, 1)
-        if t >= desk[TASKS]:
+        number = atomic_add(place + TURN * 8, 1)
+        if number >= desk[TASKS] * geometry.group:
             break
-        _turn(arrays, t, geometry, shared)
+        _turn(arrays, number // geometry.group, number % geometry.group, geometry, shared, lane)
         atomic_add(place + UNTURNED * 8, -1)
     fence()
     while desk[UNTURNED] > 0:
