@@ -64,7 +64,7 @@ class RetrievalConfig(BaseModel):
     workers: int | None = Field(None, ge=1)
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
     threads: int | None = Field(None, ge=1)
-    """Search threads in each actor. Default: the cores, less one a rank, shared by all actors."""
+    """Search threads in each actor. Default: see default_threads."""
     ray_address: str | None = None
     """A running Ray cluster on this host. Default: a local Ray of our own that ends with the engine."""
     worker_timeout_s: float = Field(60.0, gt=0)
@@ -193,9 +193,14 @@ def default_host_memory_gb(spoken_for: int = 0) -> float:
     return max(0.0, (free - max(4 * GB, free // 10)) / GB)
 
 
+MANY_CORES = 8
+
+
 def default_threads(cpus: int, ranks: int, workers: int) -> int:
-    """Search threads of one actor: the cores, less one a rank for vLLM, shared by all actors."""
-    return max(1, (cpus - ranks) // (ranks * workers))
+    """Search threads of one actor: the cores, less one a rank for vLLM, shared by all actors; of many, an actor's
+    leader takes one, since it waits without sleeping."""
+    share = (cpus - ranks) // (ranks * workers)
+    return max(1, share - 1 if share >= MANY_CORES else share)
 
 
 def resolve(

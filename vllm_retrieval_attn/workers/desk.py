@@ -44,21 +44,27 @@ EXACT_PIECE = 4096
 (
     TASK_ROW, TASK_HEAD, TASK_LAYER, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_BASE, TASK_LIMIT, TASK_POSITION,
     TASK_SEED, TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_SAMPLES, TASK_MEANS,
-    TASK_DEVIATIONS, TASK_TURN, TASK_CENTRE,
-) = range(21)  # fmt: skip
+    TASK_DEVIATIONS, TASK_TURN, TASK_CENTRE, TASK_COUNT, TASK_STATE, TASK_FOLDED,
+) = range(24)  # fmt: skip
 """Row of the message, KV head and layer; host tokens, and how many are indexed; page table; element of a page where the
 head's rows begin; rows to read; position and the request's seed; whether its choice is kept; first unit and their
-number; how many are done; whether it failed; addresses, as HeadIndex has them."""
-TASK_FIELDS = 21
+number; how many are done; whether it failed; addresses, as HeadIndex has them; rows chosen; how far it is; pieces of
+chosen rows that are done."""
+OPEN, CHOSEN, OVER = range(3)
+"""Rows not chosen yet; chosen, so that their pieces can be done; nothing more to do."""
+FOLDED = 9
+"""Pieces of a task's chosen rows; the last of them is what lies beyond its index."""
+TASK_FIELDS = 24
 UNIT_TASK, UNIT_NUMBER = 0, 1
 
 # int64 numbers of the desk: counters in lines of their own, then addresses and sizes of the arrays
-NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED = (8 * number for number in range(9))
+NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED, PIECE = (8 * number for number in range(10))
 """Next unit; threads that may look at the arrays; tasks left; keys scored and rows read; the message that is open, 0:
-none; threads that sleep until there is one; next query head of a task to be turned, and how many are not yet."""
+none; threads that sleep until there is one; next query head of a task to be turned, and how many are not yet;
+next piece of chosen rows."""
 TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, SHIFTS_AT, THRESHOLDS_AT = range(80, 89)
-SCORES_AT, IDS_AT, STARTS_AT, FLOORS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(89, 96)
-DESK_NUMBERS = 96
+CHOSEN_AT, LOG_PI_AT, FOLDED_AT, SCORES_AT, IDS_AT, STARTS_AT, FLOORS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(89, 99)
+DESK_NUMBERS = 104
 
 
 class Geometry(NamedTuple):
@@ -74,6 +80,7 @@ class Geometry(NamedTuple):
     first_head: int
     scale: np.float32
     candidates: int
+    most_chosen: int
     native: Native
 
 
@@ -105,7 +112,8 @@ class Desk:
         self.numbers = np.zeros(DESK_NUMBERS, np.int64)
         self.geometry = Geometry(
             layout.group, layout.dim, layout.kv_heads, layout.pages, layout.page_tokens,
-            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates, native(),
+            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates,
+            layout.most_chosen, native(),
         )  # fmt: skip
         self.shared = Shared(
             indexes.memory, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
@@ -131,6 +139,9 @@ class Desk:
         self._held = [
             self._tasks, self._taus, self._units,
             *np.zeros((2, tasks, group, dim), np.float32), *np.zeros((2, tasks, group), np.float32),
+            np.zeros((tasks, self._layout.most_chosen), np.int64),
+            np.zeros((tasks, self._layout.most_chosen), np.float32),
+            np.zeros((tasks, FOLDED, group, dim + 2), np.float32),
             np.zeros((units, group * MOST), np.float32), np.zeros((units, group * MOST), np.int32),
             np.zeros((units, group + 1), np.int64), np.zeros((units, group), np.float32),
             *np.zeros((2, units), np.int64),
@@ -162,7 +173,8 @@ class Desk:
         of = np.repeat(np.arange(task), counts)
         self._units[:first, UNIT_TASK], self._units[:first, UNIT_NUMBER] = of, np.arange(first) - firsts[of]
         self.numbers[TASKS], self.numbers[UNITS] = task, first
-        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = self.numbers[TURN] = 0
+        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = 0
+        self.numbers[TURN] = self.numbers[PIECE] = 0
         self.numbers[LEFT], self.numbers[UNTURNED] = task, task * self._layout.group
 
     def clear(self) -> None:
@@ -189,5 +201,5 @@ class Desk:
         return (
             row, head, layer, numbers[ROW_TOKENS], numbers[ROW_INDEXED], numbers[ROW_TABLE],
             self._indexes.row_base(layer, head), numbers[ROW_LIMIT], numbers[ROW_POSITION], numbers[ROW_SEED],
-            int(probed), 0, 0, 0, int(failed), *addresses,
+            int(probed), 0, 0, 0, int(failed), *addresses, 0, OPEN, 0,
         )  # fmt: skip

@@ -16,7 +16,8 @@ from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.desk import CODES, ROWS, Desk
 from vllm_retrieval_attn.workers.signals import await_message, finish_message
-from vllm_retrieval_attn.workers.units import close_desk, follow, lane_memory, open_desk
+from vllm_retrieval_attn.workers.tasks import lane_memory
+from vllm_retrieval_attn.workers.units import close_desk, follow, open_desk
 
 SLICE_NS = 500_000_000
 """How long a lane serves before it looks whether its client still lives."""

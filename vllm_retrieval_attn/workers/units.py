@@ -1,58 +1,50 @@
 """Doing the units of a message (workers/desk.py), by the threads of an actor side by side, without Python's lock.
 
-A thread takes the next unit by an atomic counter. Whoever does the last unit of a task finishes it: chooses rows among
-what was found, attends to them and to what is read anyway, and writes the result. No two threads write the same memory,
-and the sums of a task run in one order whoever does what.
+A thread takes the next unit by an atomic counter. Whoever does the last unit of a task chooses rows among what was
+found. When all units are taken, threads take pieces of the chosen rows the same way, and whoever does the last piece of
+a task writes its result. No two threads write the same memory, and the sums of a task run in one order whoever does
+what.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
-from vllm_retrieval_attn.index.choosing import ChoiceScratch, Found, choice_scratch, choose, seed_of
+from vllm_retrieval_attn.index.choosing import Found, choose, seed_of
 from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import (
-    Running,
-    Scratch,
     attend_picked,
     attend_run,
     finish,
     jit,
     load,
-    running,
-    scratch,
 )
-from vllm_retrieval_attn.index.search import MOST, product, search_shard, shard_keys, threshold, turn
+from vllm_retrieval_attn.index.search import product, search_shard, shard_keys, threshold, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
-from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.workers.desk import (
     ACTIVE,
+    CHOSEN,
     CODES,
     EXACT_PIECE,
     FAILED,
-    FIRSTS_AT,
-    FLOORS_AT,
-    IDS_AT,
+    FOLDED,
     LEFT,
     NEXT,
-    PARTS_AT,
-    QUERIES_AT,
+    OPEN,
+    OVER,
+    PIECE,
     ROWS,
-    SCORES_AT,
     SEQ,
-    SHIFTS_AT,
-    SIZES_AT,
     SLEEPERS,
-    STARTS_AT,
     TASK_BASE,
     TASK_CENTRE,
+    TASK_COUNT,
     TASK_DEVIATIONS,
     TASK_DONE,
     TASK_FAILED,
-    TASK_FIELDS,
     TASK_FIRST,
+    TASK_FOLDED,
     TASK_HEAD,
     TASK_INDEXED,
     TASK_LAYER,
@@ -64,20 +56,16 @@ from vllm_retrieval_attn.workers.desk import (
     TASK_ROW,
     TASK_SAMPLES,
     TASK_SEED,
+    TASK_STATE,
     TASK_TABLE,
     TASK_TOKENS,
     TASK_TURN,
     TASK_UNITS,
     TASKS,
-    TASKS_AT,
-    TAUS_AT,
-    THRESHOLDS_AT,
     TURN,
-    TURNED_AT,
     UNIT_NUMBER,
     UNIT_TASK,
     UNITS,
-    UNITS_AT,
     UNTURNED,
 )
 from vllm_retrieval_attn.workers.sync import (
@@ -88,82 +76,7 @@ from vllm_retrieval_attn.workers.sync import (
     read_clock_ns,
     sched_yield,
 )
-
-
-class LaneMemory(NamedTuple):
-    """What one thread works in.
-
-    Attributes:
-        work, choice, run: see index/. scaled: (g, d + 1) float32 queries in a shard's scale. best: scratch of
-            index/search.py's thresholds. out, lse: (g, d), (g,).
-        starts: (chosen,) int64.
-    """
-
-    work: Scratch
-    choice: ChoiceScratch
-    run: Running
-    scaled: npt.NDArray[np.float32]
-    best: npt.NDArray[np.float32]
-    out: npt.NDArray[np.float32]
-    lse: npt.NDArray[np.float32]
-    starts: npt.NDArray[np.int64]
-
-
-class Arrays(NamedTuple):
-    """The desk's arrays, see Desk: tasks and units; of tasks, taus, scaled queries, queries in the space of the codes,
-    what its centre adds, and thresholds; of units, candidates as in Found, and partial results (units, g, d + 2)."""
-
-    tasks: Any
-    taus: Any
-    units: Any
-    queries: Any
-    turned: Any
-    shifts: Any
-    thresholds: Any
-    scores: Any
-    ids: Any
-    starts: Any
-    floors: Any
-    firsts: Any
-    sizes: Any
-    parts: Any
-
-
-def lane_memory(layout: Layout, candidates: int) -> LaneMemory:
-    """Memory for the longest row there can be; what is not used is not touched."""
-    keys = layout.table_pages * layout.page_tokens
-    shape = (layout.group, layout.dim)
-    return LaneMemory(
-        scratch(*shape),
-        choice_scratch(keys, -(-keys // SHARD_TOKENS), MOST, layout.most_chosen),
-        running(*shape),
-        np.zeros((layout.group, layout.dim + 1), np.float32),
-        np.zeros(candidates // 64 + 2, np.float32),
-        np.zeros(shape, np.float32),
-        np.zeros(layout.group, np.float32),
-        np.zeros(layout.most_chosen, np.int64),
-    )
-
-
-@jit
-def _arrays(desk: Any, geometry: Any) -> Any:
-    tasks, units, g, d = desk[TASKS], desk[UNITS], geometry.group, geometry.dim
-    return Arrays(
-        numba.carray(pointer_to(desk[TASKS_AT]), (tasks, TASK_FIELDS), np.int64),
-        numba.carray(pointer_to(desk[TAUS_AT]), (tasks,), np.float64),
-        numba.carray(pointer_to(desk[UNITS_AT]), (units, 2), np.int64),
-        numba.carray(pointer_to(desk[QUERIES_AT]), (tasks, g, d), np.float32),
-        numba.carray(pointer_to(desk[TURNED_AT]), (tasks, g, d), np.float32),
-        numba.carray(pointer_to(desk[SHIFTS_AT]), (tasks, g), np.float32),
-        numba.carray(pointer_to(desk[THRESHOLDS_AT]), (tasks, g), np.float32),
-        numba.carray(pointer_to(desk[SCORES_AT]), (units, g * MOST), np.float32),
-        numba.carray(pointer_to(desk[IDS_AT]), (units, g * MOST), np.int32),
-        numba.carray(pointer_to(desk[STARTS_AT]), (units, g + 1), np.int64),
-        numba.carray(pointer_to(desk[FLOORS_AT]), (units, g), np.float32),
-        numba.carray(pointer_to(desk[FIRSTS_AT]), (units,), np.int64),
-        numba.carray(pointer_to(desk[SIZES_AT]), (units,), np.int64),
-        numba.carray(pointer_to(desk[PARTS_AT]), (units, g, d + 2), np.float32),
-    )
+from vllm_retrieval_attn.workers.tasks import arrays_of
 
 
 @jit
@@ -235,26 +148,32 @@ def _clear(run: Any) -> None:
 
 @jit
 def _attend_piece(arrays: Any, u: int, t: int, geometry: Any, shared: Any, lane: Any) -> int:
-    task, d = arrays.tasks[t], geometry.dim
+    task = arrays.tasks[t]
     first = arrays.units[u, UNIT_NUMBER] * EXACT_PIECE
     last = min(first + EXACT_PIECE, task[TASK_TOKENS])
     _clear(lane.run)
     count = _attend_exactly(task, first, last, arrays.queries[t], geometry, shared, lane)
-    part = arrays.parts[u]
-    part[:, :d] = lane.run.acc
-    part[:, d] = lane.run.top
-    part[:, d + 1] = lane.run.total
+    _keep(lane.run, arrays.parts[u])
     return count
 
 
 @jit
-def _merge_pieces(arrays: Any, t: int, geometry: Any, lane: Any) -> None:
-    """One softmax over the pieces of a task, in order."""
-    task, run, d = arrays.tasks[t], lane.run, geometry.dim
+def _keep(run: Any, part: Any) -> None:
+    """Write a running softmax into a partial result (g, d + 2)."""
+    d = run.acc.shape[1]
+    part[:, :d] = run.acc
+    part[:, d] = run.top
+    part[:, d + 1] = run.total
+
+
+@jit
+def _merge(parts: Any, run: Any) -> None:
+    """One softmax over partial results (n, g, d + 2), in order."""
     _clear(run)
-    for u in range(task[TASK_FIRST], task[TASK_FIRST] + task[TASK_UNITS]):
-        part = arrays.parts[u]
-        for i in range(geometry.group):
+    n, g, d = len(parts), parts.shape[1], run.acc.shape[1]
+    for u in range(n):
+        part = parts[u]
+        for i in range(g):
             if part[i, d + 1] == 0.0:
                 continue
             top = max(run.top[i], part[i, d])
@@ -266,61 +185,122 @@ def _merge_pieces(arrays: Any, t: int, geometry: Any, lane: Any) -> None:
 
 
 @jit
-def _attend_chosen(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> int:
-    """Choose rows of a task and attend to them, and to those beyond its index; returns how many, -1 on failure."""
-    task, queries, g = arrays.tasks[t], arrays.queries[t], geometry.group
-    first, shards = task[TASK_FIRST], task[TASK_UNITS]
+def _choose(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> bool:
+    """Choose rows of a task and find where they lie; False on failure."""
+    task, g = arrays.tasks[t], geometry.group
+    first, shards, head = task[TASK_FIRST], task[TASK_UNITS], task[TASK_HEAD]
     found = _found(arrays, t, first, first + shards)
-    head = task[TASK_HEAD]
     outside = shared.outside[task[TASK_ROW], head * g : (head + 1) * g]
     seed = seed_of(task[TASK_SEED], task[TASK_POSITION], task[TASK_LAYER], geometry.first_head + head)
     count = choose(found, shards, geometry.scale, outside, task[TASK_LIMIT], arrays.taus[t], seed, lane.choice)
     if count < 0:
-        return -1
+        return False
     ids, table = lane.choice.ids, shared.tables[task[TASK_TABLE]]
+    starts, log_pi = arrays.chosen[t], arrays.log_pi[t]
     for n in range(count):
         page = table[ids[n] // geometry.page_tokens]
         if page < 0 or page >= geometry.pages:
-            return -1
+            return False
         offset = ids[n] % geometry.page_tokens
-        lane.starts[n] = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
+        starts[n] = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
+        log_pi[n] = lane.choice.log_pi[n]
+    task[TASK_COUNT] = count
     if task[TASK_PROBED]:
         kept = shared.chosen[task[TASK_LAYER], head]
         kept[0] = count
         for n in range(count):
             kept[1 + n] = ids[n]
-    _clear(lane.run)
-    attend_picked(shared.memory, lane.starts, lane.choice.log_pi, count, queries, lane.run, lane.work)
-    more = _attend_exactly(task, task[TASK_INDEXED], task[TASK_TOKENS], queries, geometry, shared, lane)
-    return -1 if more < 0 else count + more
+    return True
 
 
 @jit
-def _finish(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> int:
-    """Write the result of a task; returns the rows read for it here."""
-    task, g, d = arrays.tasks[t], geometry.group, geometry.dim
-    rows = 0
+def _fold(arrays: Any, t: int, piece: int, geometry: Any, shared: Any, lane: Any) -> int:
+    """Attend to one piece of a task's chosen rows, the last piece: to those beyond its index; returns how many."""
+    task, queries = arrays.tasks[t], arrays.queries[t]
+    _clear(lane.run)
+    if piece == FOLDED - 1:
+        count = _attend_exactly(task, task[TASK_INDEXED], task[TASK_TOKENS], queries, geometry, shared, lane)
+    else:
+        first, last = task[TASK_COUNT] * piece // (FOLDED - 1), task[TASK_COUNT] * (piece + 1) // (FOLDED - 1)
+        count = last - first
+        starts, log_pi = arrays.chosen[t, first:last], arrays.log_pi[t, first:last]
+        attend_picked(shared.memory, starts, log_pi, count, queries, lane.run, lane.work)
+    _keep(lane.run, arrays.folded[t, piece])
+    return count
+
+
+@jit
+def _finish(task: Any, parts: Any, rows: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Write the result of a task."""
+    g, d = geometry.group, geometry.dim
     target = shared.partials[task[TASK_ROW], task[TASK_HEAD]]
-    if task[TASK_FAILED] == 0 and task[TASK_INDEXED] > 0:
-        rows = _attend_chosen(arrays, t, geometry, shared, lane)
-    elif task[TASK_FAILED] == 0:
-        _merge_pieces(arrays, t, geometry, lane)
-    if rows < 0 or task[TASK_FAILED] != 0:
+    if task[TASK_FAILED] != 0:
         target[:] = FAILED
-        return 0
+        return
+    _merge(parts, lane.run)
     finish(lane.run, lane.out, lane.lse)
     for i in range(g):
         for j in range(d):
             target[i * d + j] = lane.out[i, j]
         target[g * d + i] = lane.lse[i]
-    shared.read[task[TASK_ROW], task[TASK_HEAD]] = rows if task[TASK_INDEXED] > 0 else task[TASK_TOKENS]
-    return rows
+    shared.read[task[TASK_ROW], task[TASK_HEAD]] = rows
+
+
+@jit
+def _do_unit(arrays: Any, u: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Search a shard, or attend to a piece of a task without an index; whoever does the last unit of a task chooses its
+    rows, or finishes it."""
+    t = arrays.units[u, UNIT_TASK]
+    task = arrays.tasks[t]
+    if task[TASK_FAILED] == 0:
+        if task[TASK_INDEXED] > 0:
+            atomic_add(place + CODES * 8, _search(arrays, u, t, geometry, lane))
+        else:
+            rows = _attend_piece(arrays, u, t, geometry, shared, lane)
+            if rows < 0:
+                task[TASK_FAILED] = 1
+            else:
+                atomic_add(place + ROWS * 8, rows)
+    if atomic_add(task.ctypes.data + TASK_DONE * 8, 1) < task[TASK_UNITS] - 1:
+        return
+    if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
+        if _choose(arrays, t, geometry, shared, lane):
+            fence()
+            task[TASK_STATE] = CHOSEN
+            return
+        task[TASK_FAILED] = 1
+    parts = arrays.parts[task[TASK_FIRST] : task[TASK_FIRST] + task[TASK_UNITS]]
+    _finish(task, parts, task[TASK_TOKENS], geometry, shared, lane)
+    fence()
+    task[TASK_STATE] = OVER
+    atomic_add(place + LEFT * 8, -1)
+
+
+@jit
+def _do_piece(arrays: Any, t: int, piece: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Attend to a piece of a task's chosen rows once these are known; whoever does the last one finishes the task."""
+    task = arrays.tasks[t]
+    # All units are taken by now, so somebody is at it, and does not wait for anything.
+    while task[TASK_STATE] == OPEN:
+        sched_yield()
+        fence()
+    if task[TASK_STATE] == OVER:
+        return
+    rows = _fold(arrays, t, piece, geometry, shared, lane)
+    if rows < 0:
+        task[TASK_FAILED] = 1
+    else:
+        atomic_add(place + ROWS * 8, rows)
+    if atomic_add(task.ctypes.data + TASK_FOLDED * 8, 1) == FOLDED - 1:
+        read = task[TASK_COUNT] + task[TASK_TOKENS] - task[TASK_INDEXED]
+        _finish(task, arrays.folded[t], read, geometry, shared, lane)
+        atomic_add(place + LEFT * 8, -1)
 
 
 @jit
 def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
     """Do units of the open message until none is left."""
-    arrays = _arrays(desk, geometry)
+    arrays = arrays_of(desk, geometry)
     place = desk.ctypes.data
     while True:
         number = atomic_add(place + TURN * 8, 1)
@@ -334,21 +314,13 @@ def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
     while True:
         u = atomic_add(place + NEXT * 8, 1)
         if u >= desk[UNITS]:
+            break
+        _do_unit(arrays, u, place, geometry, shared, lane)
+    while True:
+        number = atomic_add(place + PIECE * 8, 1)
+        if number >= desk[TASKS] * FOLDED:
             return
-        t = arrays.units[u, UNIT_TASK]
-        task = arrays.tasks[t]
-        if task[TASK_FAILED] == 0:
-            if task[TASK_INDEXED] > 0:
-                atomic_add(place + CODES * 8, _search(arrays, u, t, geometry, lane))
-            else:
-                rows = _attend_piece(arrays, u, t, geometry, shared, lane)
-                if rows < 0:
-                    task[TASK_FAILED] = 1
-                else:
-                    atomic_add(place + ROWS * 8, rows)
-        if atomic_add(task.ctypes.data + TASK_DONE * 8, 1) == task[TASK_UNITS] - 1:
-            atomic_add(place + ROWS * 8, _finish(arrays, t, geometry, shared, lane))
-            atomic_add(place + LEFT * 8, -1)
+        _do_piece(arrays, number // FOLDED, number % FOLDED, place, geometry, shared, lane)
 
 
 @jit
