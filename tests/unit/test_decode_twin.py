@@ -140,5 +140,5 @@ def test_descriptor_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("changes", [{"dim": 72}, {"group": 13}, {"dtype": "float32"}])
 def test_geometry_refuses_what_kernels_cannot_do(changes):
-    with pytest.raises(ValueError, match="none of|not within|neither"):
+    with pytest.raises(ValueError, match=r"none of|not within|neither"):
         geometry(**changes)

@@ -4,7 +4,7 @@ Every launch goes to torch's current stream, allocates nothing, waits for nothin
 may be captured into a CUDA graph. NVRTC and cuda.bindings come with torch.
 """
 
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +118,8 @@ def _called(what: str, result: Any) -> Any:
     return values[0] if values else None
 
 
-def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: Sequence[str] = ()) -> bytes:
+@cache
+def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
     """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
 
     Raises:
@@ -162,7 +163,7 @@ class DecodeKernels:
     part must be there before ``weigh``. Rows beyond the descriptor's, and rows without host tokens, are left alone.
     """
 
-    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: Sequence[str] = ()) -> None:
+    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: tuple[str, ...] = ()) -> None:
         self.geometry, self.buffers, self.work = geometry, buffers, work
         self._check_buffers()
         properties = torch.cuda.get_device_properties(buffers.sketch.device)

@@ -173,8 +173,8 @@ def _last_bin(tau: float) -> int:
 
 
 def histogram(weights: Floats, tau: float) -> Integers:
-    """(257,) int64. Bins: count << 43 | sum of the low 21 bits of the weights; last, the weights below tau's bin, in units
-    of 2^-20 times that bin's power of two."""
+    """(257,) int64. Bins: count << 43 | sum of the low 21 bits of the weights; last, the weights below tau's bin,
+    in units of 2^-20 times that bin's power of two."""
     last = _last_bin(tau)
     bits = weights.view(np.uint32)
     bins = (bits >> BIN_SHIFT).astype(np.int64) - FIRST_BIN
