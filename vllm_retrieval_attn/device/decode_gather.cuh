@@ -1,0 +1,285 @@
+// Choosing rows and attending to them where they lie, in host memory. A block takes a page of one (row, KV head): draws
+// the rows of its eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's partial.
+#pragma once
+#include "decode_weigh.cuh"
+
+constexpr int GATHER_THREADS = WEIGH_THREADS;
+constexpr int BATCH = DIM <= 128 ? 64 : 32;         // rows in flight a block: about 33 KB
+constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
+constexpr int PARTS = 8;                            // threads that share a dot product
+constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
+constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
+
+// Rows of the page, ascending: number within the page and log pi.
+struct Chosen { u16 tokens[PAGE]; float log_pi[PAGE]; int count; };
+
+__device__ __forceinline__ u64 mixed(u64 state, u64 value) {  // splitmix64, as sketch/sampling.py
+    u64 z = (state ^ value) + 0x9E3779B97F4A7C15ull;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    return z ^ z >> 31;
+}
+
+__device__ __forceinline__ u64 seed_of(u64 seed, i64 position, i64 layer, i64 head) {
+    return mixed(mixed(mixed(mixed(0, seed), (u64)position), (u64)layer), (u64)head);
+}
+
+__device__ __forceinline__ u32 chance_of(float weight, float tau) {  // in units of 2^-24
+    const float x = ceilf(__fmul_rn(fminf(__fdiv_rn(weight, tau), 1.0f), 16777216.0f));
+    return max((u32)x, 1u);
+}
+
+// Chances of the thread's four keys; 0 where there is none.
+__device__ __forceinline__ void chances_of(
+    const State& s, const Item& item, const float2* shares, float tau, u32 (&chances)[4]
+) {
+    const int first = 4 * threadIdx.x;
+    if (reads_all(item.row)) {
+        for (int k = 0; k < 4; k++) chances[k] = first + k < item.keys ? 1u << SAMPLE_BITS : 0;
+        return;
+    }
+    float weights[4] = {};
+    if (threadIdx.x / 32 * TILE < item.keys) weights_of(s, item.index, shares, weights);
+#pragma unroll
+    for (int k = 0; k < 4; k++) chances[k] = first + k < item.keys ? chance_of(weights[k], tau) : 0;
+}
+
+// Systematic sampling within the warp's tile: bit k is set where key k of the thread is taken.
+__device__ __forceinline__ u32 draw(const u32 (&chances)[4], u64 seed, i64 tile) {
+    const int lane = threadIdx.x & 31;
+    u32 sum = chances[0] + chances[1] + chances[2] + chances[3], before = sum;
+    for (int o = 1; o < 32; o <<= 1) {
+        const u32 x = __shfl_up_sync(ALL, before, o);
+        if (lane >= o) before += x;
+    }
+    u32 at = (u32)(mixed(seed, (u64)tile) >> (64 - SAMPLE_BITS)) + before - sum, taken = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const u32 end = at + chances[k];
+        taken |= (u32)(end >> SAMPLE_BITS != at >> SAMPLE_BITS) << k;
+        at = end;
+    }
+    return taken;
+}
+
+__device__ __forceinline__ float log_of(u32 chance) {
+    return chance == 1u << SAMPLE_BITS ? 0.0f : logf((float)chance * 5.9604644775390625e-8f);
+}
+
+// The place of the thread's first taken key among the block's; `all` gets their number.
+__device__ __forceinline__ int place_of(u32 taken, int& all) {
+    __shared__ int warps[8];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = __popc(taken);
+    int before = mine;
+    for (int o = 1; o < 32; o <<= 1) {
+        const int x = __shfl_up_sync(ALL, before, o);
+        if (lane >= o) before += x;
+    }
+    __syncthreads();
+    if (lane == 31) warps[warp] = before;
+    __syncthreads();
+    int place = before - mine;
+    all = 0;
+    for (int w = 0; w < 8; w++) {
+        if (w < warp) place += warps[w];
+        all += warps[w];
+    }
+    return place;
+}
+
+__device__ __forceinline__ void choose(
+    const State& s, const Item& item, const float2* shares, float tau, u64 seed, Chosen& chosen
+) {
+    u32 chances[4];
+    chances_of(s, item, shares, tau, chances);
+    const u32 taken = draw(chances, seed, item.page * TILES + threadIdx.x / 32);
+    int all, place = place_of(taken, all);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (taken >> k & 1) {
+            chosen.tokens[place] = (u16)(4 * threadIdx.x + k);
+            chosen.log_pi[place++] = log_of(chances[k]);
+        }
+    s.taken[item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
+    if (threadIdx.x == 0) {
+        chosen.count = all;
+        s.counts[item.index] = all;
+    }
+    __syncthreads();
+}
+
+struct Attention {
+    u16 rows[BATCH][STRIDE];
+    u16 queries[GROUP][DIM + 8];
+    float raised[GROUP][BATCH];
+    float top[GROUP], total[GROUP], factor[GROUP];
+};
+
+// Start copying `count` rows into shared memory, past L1: the host may have written them since.
+__device__ __forceinline__ void fetch(const u16* page, const u16* tokens, int count, Attention& a) {
+    constexpr int CHUNKS = 2 * DIM / 8;
+    for (int i = threadIdx.x; i < count * CHUNKS; i += GATHER_THREADS) {
+        const u16* from = page + (i64)tokens[i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8;
+        const u32 to = (u32)__cvta_generic_to_shared(&a.rows[i / CHUNKS][i % CHUNKS * 8]);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+__device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elements, 16-byte aligned
+    const uint4 x = *(const uint4*)a, y = *(const uint4*)b;
+    const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum += of_element((u16)xs[i]) * of_element((u16)ys[i]);
+        sum += of_element((u16)(xs[i] >> 16)) * of_element((u16)(ys[i] >> 16));
+    }
+    return sum;
+}
+
+// Scores less log pi of `count` rows and all query heads, PARTS threads each.
+__device__ __forceinline__ void score_rows(Attention& a, const float* log_pi, int count, float scale) {
+    const int part = threadIdx.x % PARTS;
+    for (int base = 0; base < count * GROUP; base += GATHER_THREADS / PARTS) {
+        const int pair = base + threadIdx.x / PARTS, row = pair / GROUP, g = pair % GROUP;
+        float sum = 0;
+        if (row < count)
+#pragma unroll
+            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, a.rows[row] + c);
+        for (int o = 1; o < PARTS; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        if (part == 0 && row < count) a.raised[g][row] = sum * scale - log_pi[row];
+    }
+}
+
+// The online softmax: raise scores against the new maximum; what is summed so far is to shrink by `factor`.
+__device__ __forceinline__ void raise_rows(Attention& a, int count) {
+    const int lane = threadIdx.x & 31;
+    for (int g = threadIdx.x / 32; g < GROUP; g += GATHER_THREADS / 32) {
+        const float old = a.top[g];
+        float top = old, sum = 0;
+        for (int i = lane; i < count; i += 32) top = fmaxf(top, a.raised[g][i]);
+        for (int o = 1; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        for (int i = lane; i < count; i += 32) {
+            const float e = __expf(a.raised[g][i] - top);
+            a.raised[g][i] = e;
+            sum += e;
+        }
+        for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        if (lane == 0) {
+            const float factor = __expf(old - top);
+            a.factor[g] = factor;
+            a.total[g] = a.total[g] * factor + sum;
+            a.top[g] = top;
+        }
+    }
+}
+
+__device__ __forceinline__ void add_values(const Attention& a, int count, float2 (&sums)[PAIRS_A_THREAD]) {
+#pragma unroll
+    for (int i = 0; i < PAIRS_A_THREAD; i++) {
+        const int pair = threadIdx.x + i * GATHER_THREADS, g = pair / (DIM / 2), column = pair % (DIM / 2) * 2;
+        if (pair >= PAIRS) break;
+        float2 sum = make_float2(sums[i].x * a.factor[g], sums[i].y * a.factor[g]);
+#pragma unroll 4
+        for (int row = 0; row < count; row++) {
+            const u32 v = *(const u32*)(a.rows[row] + DIM + column);
+            const float e = a.raised[g][row];
+            sum.x += e * of_element((u16)v);
+            sum.y += e * of_element((u16)(v >> 16));
+        }
+        sums[i] = sum;
+    }
+}
+
+// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head.
+__device__ __forceinline__ void attend(const State& s, const Item& item, const u16* page, const Chosen& chosen, Attention& a) {
+    float2 sums[PAIRS_A_THREAD] = {};
+    if (threadIdx.x < GROUP) a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
+    for (int done = 0; done < chosen.count; done += BATCH) {
+        const int count = min(chosen.count - done, BATCH);
+        fetch(page, chosen.tokens + done, count, a);
+        __syncthreads();
+        score_rows(a, chosen.log_pi + done, count, (float)s.scale);
+        __syncthreads();
+        raise_rows(a, count);
+        __syncthreads();
+        add_values(a, count, sums);
+        __syncthreads();
+    }
+    float2* out = (float2*)(s.sums + item.index * (GROUP * DIM));
+#pragma unroll
+    for (int i = 0; i < PAIRS_A_THREAD; i++)
+        if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
+    if (threadIdx.x < GROUP)
+        s.stats[item.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+}
+
+// query (rows, heads, DIM): strides in elements.
+struct Queries { i64 layer; const u16* query; i64 row, head; };
+
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(const State s, const Queries q) {
+    __shared__ __align__(16) Attention a;
+    __shared__ Chosen chosen;
+    __shared__ float2 shares[GROUP];
+    const int rows = rows_of(s);
+    Item item;
+    i64 begin, end;
+    u64 seed = 0;
+    float tau = 0;
+    range_of(s, begin, end);
+    for (i64 index = begin; index < end; index++) {
+        const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
+        if (item.page >= pages_of(item.row)) continue;
+        const i64 unit = item.row.number * s.heads + item.head;
+        if (fresh) {
+            for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
+                a.queries[i / DIM][i % DIM] =
+                    q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
+            if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
+            seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
+            tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
+            if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
+            __syncthreads();
+        }
+        choose(s, item, shares, tau, seed, chosen);
+        if (chosen.count) attend(s, item, arena_row(s, item.host_page, q.layer, item.head, 0), chosen, a);
+        __syncthreads();
+    }
+}
+
+// What gather_rows chose, as lists: ids (rows, KV heads, capacity) int32 ascending, log_pi float32, counts (rows, KV
+// heads) int32. For comparisons and measurements; a decode step does without. One block a (row, KV head).
+struct Lists { int* ids; float* log_pi; int* counts; i64 capacity; };
+
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const State s, const Lists lists) {
+    __shared__ float2 shares[GROUP];
+    const int rows = rows_of(s);
+    for (i64 unit = blockIdx.x; unit < rows * s.heads; unit += gridDim.x) {
+        Item item;
+        item.row = row_at(s, (int)(unit / s.heads));
+        item.head = (int)(unit % s.heads);
+        item.from = item.row.first * s.heads + (i64)item.head * item.row.entries;
+        __syncthreads();
+        if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
+        __syncthreads();
+        i64 written = 0;
+        for (item.page = 0; item.page < pages_of(item.row); item.page++) {
+            item.index = item.from + item.page;
+            if (s.counts[item.index] == 0) continue;
+            item.keys = min(item.row.tokens - item.page * PAGE, PAGE);
+            u32 chances[4];
+            chances_of(s, item, shares, s.taus[unit], chances);
+            const u32 taken = s.taken[item.index * GATHER_THREADS + threadIdx.x];
+            int all, place = place_of(taken, all);
+            for (int k = 0; k < 4; k++)
+                if (taken >> k & 1 && written + place < lists.capacity) {
+                    const i64 at = unit * lists.capacity + written + place++;
+                    lists.ids[at] = item.page * PAGE + 4 * threadIdx.x + k;
+                    lists.log_pi[at] = log_of(chances[k]);
+                }
+            written += all;
+        }
+        if (threadIdx.x == 0) lists.counts[unit] = (int)written;
+    }
+}

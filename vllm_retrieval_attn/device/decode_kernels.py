@@ -1,0 +1,298 @@
+"""The CUDA kernels of a decode step: compiled, loaded and launched. decode.cu says what they do, decode_twin.py how.
+
+Every launch goes to torch's current stream, allocates nothing, waits for nothing and reads nothing back, so that all
+may be captured into a CUDA graph. NVRTC and cuda.bindings come with torch.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_retrieval_attn.device.decode_step import PAGE, TILES, Geometry
+from vllm_retrieval_attn.sketch.sampling import TILE
+
+_FOLDER = Path(__file__).parent
+_MAIN = "decode.cu"
+_THREADS = {
+    "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
+    "merge_parts": 256, "list_rows": 256,
+}  # fmt: skip
+_BIN_WORDS = 257
+
+
+class Buffers(NamedTuple):
+    """Memory that outlives a step.
+
+    Attributes:
+        arena: device-usable address of the pinned host arena, [host page][layer][kv_head][token][2][d] of the dtype.
+        sketch: uint8, [sketch page][layer][kv_head] blocks of Geometry.block_bytes.
+        mean: (2, L, H, d); keys, queries: (2, L, H, d, d): float32, the constant rotation and the learned space.
+        descriptor: int64, Geometry.descriptor_numbers, filled as decode_step.describe does.
+    """
+
+    arena: int
+    sketch: torch.Tensor
+    mean: torch.Tensor
+    keys: torch.Tensor
+    queries: torch.Tensor
+    descriptor: torch.Tensor
+
+
+class Scratch(NamedTuple):
+    """What kernels hand to one another within a layer; all layers use the same.
+
+    An item is a page of one (row, KV head), numbered as decode_step.items_of says.
+
+    Attributes:
+        digits: (R, H, fragments, 8, P) int8, queries in the order of matrix columns: first and second digit by turns.
+        asked: (R, H, G, 4) int32: half the unit and the bias (float32 bits), 15 times the digits' sum, unused.
+        scores: (items, tiles, G, 128) float16 relative to tops: (items, tiles, G) float32.
+        records: (items, G, 2) float32, top score of a page and sum of exponentials.
+        shares: (R, H, G, 2) float32, top score of the whole attention and 1 / sum of exponentials.
+        bins: (R, H, 257) int64, histogram of weights. taus: (R, H) float32.
+        counts: (items,) int32 keys taken. taken: (items, 256) uint8, bit k of byte b: key 4 b + k of the page.
+        sums: (items, G, d) float32, stats: (items, G, 2) float32: a page's partial, unnormalised, with top and total.
+        read: (R,) int64, rows read, ever growing.
+    """
+
+    digits: torch.Tensor
+    asked: torch.Tensor
+    scores: torch.Tensor
+    tops: torch.Tensor
+    records: torch.Tensor
+    shares: torch.Tensor
+    bins: torch.Tensor
+    taus: torch.Tensor
+    counts: torch.Tensor
+    taken: torch.Tensor
+    sums: torch.Tensor
+    stats: torch.Tensor
+    read: torch.Tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self)
+
+
+def _parts(g: Geometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    unit = (g.rows, g.kv_heads)
+    return {
+        "digits": ((*unit, g.fragments, 8, g.padded), torch.int8),
+        "asked": ((*unit, g.group, 4), torch.int32),
+        "scores": ((g.items, TILES, g.group, TILE), torch.float16),
+        "tops": ((g.items, TILES, g.group), torch.float32),
+        "records": ((g.items, g.group, 2), torch.float32),
+        "shares": ((*unit, g.group, 2), torch.float32),
+        "bins": ((*unit, _BIN_WORDS), torch.int64),
+        "taus": (unit, torch.float32),
+        "counts": ((g.items,), torch.int32),
+        "taken": ((g.items, PAGE // 4), torch.uint8),
+        "sums": ((g.items, g.group, g.dim), torch.float32),
+        "stats": ((g.items, g.group, 2), torch.float32),
+        "read": ((g.rows,), torch.int64),
+    }
+
+
+def scratch(geometry: Geometry, device: torch.device | str = "cuda") -> Scratch:
+    """Allocate scratch, once; ``.bytes`` tells its size."""
+    return Scratch(**{n: torch.zeros(shape, dtype=t, device=device) for n, (shape, t) in _parts(geometry).items()})
+
+
+def scratch_bytes(geometry: Geometry) -> int:
+    """Bytes that :func:`scratch` would allocate."""
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in _parts(geometry).values())
+
+
+def _failed(what: str, detail: Any) -> RuntimeError:
+    return RuntimeError(f"retrieval: {what}: {detail}")
+
+
+def _called(what: str, result: Any) -> Any:
+    """The value of a call of cuda.bindings; RuntimeError if it failed."""
+    status, *values = result
+    if int(status) != 0:
+        raise _failed(f"{what} failed", status)
+    return values[0] if values else None
+
+
+@cache
+def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
+    """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
+
+    Raises:
+        RuntimeError: NVRTC is missing or refuses.
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as missing:
+        raise _failed("decode kernels need cuda-bindings, which torch for CUDA brings", missing) from None
+    parts = sorted(_FOLDER.glob("decode_*.cuh"))
+    source = (_FOLDER / _MAIN).read_bytes()
+    headers = [part.read_bytes() for part in parts]
+    names = [part.name.encode() for part in parts]
+    try:
+        program = _called(
+            "nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(source, _MAIN.encode(), len(parts), headers, names)
+        )
+    except RuntimeError as missing:  # the library is loaded at the first call
+        if str(missing).startswith("retrieval:"):
+            raise
+        raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
+    options = [
+        f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
+        f"-DBFLOAT16={int(dtype == 'bfloat16')}", *defines,
+    ]  # fmt: skip
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(status) != 0:
+        log = b" " * _called("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise _failed(f"decode kernels do not compile for {arch}", log.decode(errors="replace").strip("\0 \n"))
+    code = b" " * _called("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))
+    _called("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+class DecodeKernels:
+    """The kernels of one geometry, loaded on the current device.
+
+    A layer is ``write``, ``score``, ``weigh``, ``gather``, ``merge``, in this order on one stream; FlashAttention's
+    part must be there before ``weigh``. Rows beyond the descriptor's, and rows without host tokens, are left alone.
+    """
+
+    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: tuple[str, ...] = ()) -> None:
+        self.geometry, self.buffers, self.work = geometry, buffers, work
+        self._check_buffers()
+        properties = torch.cuda.get_device_properties(buffers.sketch.device)
+        self._load(compile_kernels(
+            geometry.dim, geometry.group, geometry.dtype, f"sm_{properties.major}{properties.minor}", defines
+        ))  # fmt: skip
+        every = properties.multi_processor_count
+        units = geometry.rows * geometry.kv_heads
+        self._grids = {
+            "write_tokens": min(2 * units, 2 * every),
+            "merge_parts": min(units * geometry.group, 4 * every),
+            "list_rows": min(units, 2 * every),
+            "encode_tokens": 8 * every,
+        }
+        for name in ("score_keys", "weigh_keys", "gather_rows"):
+            blocks = self._called(
+                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], _THREADS[name], 0)
+            )
+            self._grids[name] = min(max(blocks, 1) * every, geometry.items)
+        g, b = geometry, buffers
+        fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
+        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *work)
+        self._state = _packed(*fixed, float(g.scale), *addresses)
+
+    def _check_buffers(self) -> None:
+        g, b = self.geometry, self.buffers
+        shape = (2, g.layers, g.kv_heads, g.dim)
+        wanted = {
+            "sketch": (b.sketch, g.sketch_pages * g.sketch_page_bytes, torch.uint8),
+            "mean": (b.mean, int(np.prod(shape)), torch.float32),
+            "keys": (b.keys, int(np.prod(shape)) * g.dim, torch.float32),
+            "queries": (b.queries, int(np.prod(shape)) * g.dim, torch.float32),
+            "descriptor": (b.descriptor, g.descriptor_numbers, torch.int64),
+        }
+        for name, (part, size, dtype) in wanted.items():
+            if part.numel() < size or part.dtype != dtype or not part.is_contiguous() or not part.is_cuda:
+                raise _failed(f"buffer {name}", f"needs {size} contiguous {dtype} on the GPU, has {part.numel()}")
+        if b.arena % 16 or b.sketch.data_ptr() % 16:
+            raise _failed("buffers", "arena and sketch must be aligned to 16 bytes")
+
+    def _load(self, code: bytes) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        torch.zeros(1, device=self.buffers.sketch.device)  # torch has made its context current
+        module = self._called(driver.cuModuleLoadData(code))
+        self._functions = {
+            name: self._called(driver.cuModuleGetFunction(module, name.encode())) for name in _THREADS
+        }  # fmt: skip
+        for function in self._functions.values():  # lazy loading takes the context's lock until the GPU drains
+            self._called(driver.cuFuncLoad(function))
+
+    @staticmethod
+    def _called(result: Any) -> Any:
+        return _called("a CUDA call of the decode kernels", result)
+
+    def _launch(self, name: str, *more: np.ndarray[Any, Any]) -> None:
+        arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
+        stream = torch.cuda.current_stream().cuda_stream
+        grid, block = (self._grids[name], 1, 1), (_THREADS[name], 1, 1)
+        function, address = self._functions[name], arguments.ctypes.data
+        self._called(self._driver.cuLaunchKernel(function, *grid, *block, 0, stream, address, 0))
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
+        """K and V of the rows' new tokens to their host pages, their codes to the sketch, the queries as integers.
+
+        Args:
+            key, value: (R, H, d) of the dtype, dense last axis, 16-byte aligned rows. query: (R, H * G, d).
+        """
+        for part in (key, value):
+            if part.stride(-1) != 1 or part.stride(0) % 8 or part.stride(1) % 8 or part.data_ptr() % 16:
+                raise _failed("decode kernels", "keys and values need 16-byte aligned rows")
+        strides = (part.stride(axis) for part in (key, value, query) for axis in (0, 1))
+        self._launch("write_tokens", _packed(layer, key, value, query, *strides))
+
+    def encode(self, layer: int, places: torch.Tensor, targets: torch.Tensor) -> None:
+        """Codes and steps of many tokens.
+
+        Args:
+            places: (T, H, d) float32 contiguous coordinates. targets: (T, 2) int64 contiguous, sketch page and offset
+                of each token; a page of -1: not coded.
+        """
+        self._launch("encode_tokens", _packed(layer), _packed(places), _packed(targets), _packed(len(targets)))
+
+    def score(self, layer: int) -> None:
+        """Estimated scores of all coded keys of the rows that have more of them than their limit."""
+        self._launch("score_keys", _packed(layer))
+
+    def weigh(self, lse: torch.Tensor) -> None:
+        """Weights and their histogram. lse: (H * G, R) float32 of the paged part, +-inf where it has no keys."""
+        self._launch("weigh_keys", _packed(lse, lse.stride(0), lse.stride(1)))
+
+    def gather(self, layer: int, query: torch.Tensor) -> None:
+        """Choose rows and attend to them. query: (R, H * G, d)."""
+        self._launch("gather_rows", _packed(layer, query, query.stride(0), query.stride(1)))
+
+    def merge(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge into ``out`` (R, H * G, d) of the dtype, whose log-sum-exp is ``lse`` as in :meth:`weigh`."""
+        paged = _packed(lse, lse.stride(0), lse.stride(1))
+        self._launch("merge_parts", paged, _packed(out, out.stride(0), out.stride(1)))
+
+    def before(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
+        """What of a layer does not need FlashAttention's part."""
+        self.write(layer, key, value, query)
+        self.score(layer)
+
+    def after(self, layer: int, query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """What does."""
+        self.weigh(lse)
+        self.gather(layer, query)
+        self.merge(out, lse)
+
+    def chosen(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows that the last :meth:`gather` read: ids (R, H, capacity) int32, host token numbers ascending; log pi,
+        alike in float32; and their number (R, H) int32. Allocates: not for graphs."""
+        shape, device = (self.geometry.rows, self.geometry.kv_heads, capacity), self.work.counts.device
+        ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        log_pi = torch.zeros(shape, device=device)
+        counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self._launch("list_rows", _packed(ids, log_pi, counts, capacity))
+        return ids, log_pi, counts
+
+
+def _packed(*values: torch.Tensor | int | float) -> np.ndarray[Any, Any]:
+    """A kernel's struct whose fields all have eight bytes; tensors become addresses."""
+    found = np.empty(len(values), np.int64)
+    for i, value in enumerate(values):
+        if isinstance(value, float):
+            found[i] = np.float64(value).view(np.int64)
+        else:
+            found[i] = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    return found

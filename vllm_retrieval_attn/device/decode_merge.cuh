@@ -1,0 +1,89 @@
+// The partials of all pages and FlashAttention's part, merged by log-sum-exp in the order of the pages.
+#pragma once
+#include "decode_weigh.cuh"
+
+constexpr int MERGE_THREADS = 256, MERGE_WARPS = MERGE_THREADS / 32;
+constexpr int QUADS = DIM / 4, QUADS_A_LANE = (QUADS + 31) / 32;
+
+// out (rows, heads, DIM): strides in elements.
+struct Merged { u16* out; i64 row, head; };
+
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float warps[MERGE_WARPS];
+    for (int o = 1; o < 32; o <<= 1) x = fmaxf(x, __shfl_xor_sync(ALL, x, o));
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) warps[threadIdx.x >> 5] = x;
+    __syncthreads();
+    x = warps[0];
+    for (int w = 1; w < MERGE_WARPS; w++) x = fmaxf(x, warps[w]);
+    return x;
+}
+
+// Sums over the pages that a warp takes (every MERGE_WARPS-th): four outputs in each of `sums`, and the total.
+__device__ __forceinline__ float add_pages(
+    const State& s, i64 from, int pages, int g, float top, float4 (&sums)[QUADS_A_LANE]
+) {
+    const int lane = threadIdx.x & 31;
+    float total = 0;
+#pragma unroll 4
+    for (int p = threadIdx.x >> 5; p < pages; p += MERGE_WARPS) {
+        if (s.counts[from + p] == 0) continue;
+        const float2 stat = s.stats[(from + p) * GROUP + g];
+        const float factor = __expf(stat.x - top);
+        total += factor * stat.y;
+        const float4* part = (const float4*)(s.sums + ((from + p) * GROUP + g) * DIM);
+#pragma unroll
+        for (int i = 0; i < QUADS_A_LANE; i++)
+            if (lane + 32 * i < QUADS) {
+                const float4 x = part[lane + 32 * i];
+                sums[i].x += factor * x.x, sums[i].y += factor * x.y;
+                sums[i].z += factor * x.z, sums[i].w += factor * x.w;
+            }
+    }
+    return total;
+}
+
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const State s, const Paged paged, const Merged m) {
+    __shared__ __align__(16) float parts[MERGE_WARPS][DIM];
+    __shared__ float totals[MERGE_WARPS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const i64 all = rows_of(s) * s.heads * GROUP;
+    for (i64 i = blockIdx.x; i < all; i += gridDim.x) {
+        const int g = (int)(i % GROUP), head = (int)(i / GROUP % s.heads);
+        const Row row = row_at(s, (int)(i / GROUP / s.heads));
+        const int pages = pages_of(row);
+        if (pages <= 0) continue;
+        const i64 from = row.first * s.heads + (i64)head * row.entries;
+        const float outside = no_keys(paged.lse[(head * GROUP + g) * paged.head + row.number * paged.row]);
+        float top = outside;
+        int count = 0;
+        for (int p = threadIdx.x; p < pages; p += MERGE_THREADS) {
+            const int rows = s.counts[from + p];
+            if (rows) top = fmaxf(top, s.stats[(from + p) * GROUP + g].x);
+            count += rows;
+        }
+        top = block_max(top);
+        if (g == 0) {
+            for (int o = 1; o < 32; o <<= 1) count += __shfl_xor_sync(ALL, count, o);
+            if (lane == 0 && count) atomicAdd((u64*)s.read + row.number, (u64)count);
+        }
+        if (top == MINUS_INF) top = 0;
+        float4 sums[QUADS_A_LANE] = {};
+        const float total = add_pages(s, from, pages, g, top, sums);
+#pragma unroll
+        for (int j = 0; j < QUADS_A_LANE; j++)
+            if (lane + 32 * j < QUADS) ((float4*)parts[warp])[lane + 32 * j] = sums[j];
+        if (lane == 0) totals[warp] = total;
+        __syncthreads();
+        const float factor = outside == MINUS_INF ? 0.0f : __expf(outside - top);
+        float whole = factor;
+        for (int w = 0; w < MERGE_WARPS; w++) whole += totals[w];
+        u16* out = m.out + row.number * m.row + (head * GROUP + g) * m.head;
+        for (int column = threadIdx.x; column < DIM; column += MERGE_THREADS) {
+            float sum = factor > 0 ? factor * of_element(out[column]) : 0.0f;
+            for (int w = 0; w < MERGE_WARPS; w++) sum += parts[w][column];
+            out[column] = to_element(whole > 0 ? sum / whole : 0.0f);
+        }
+        __syncthreads();
+    }
+}

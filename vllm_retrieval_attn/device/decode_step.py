@@ -1,0 +1,151 @@
+"""What the kernels of a decode step are told: fixed sizes, and the descriptor that changes from step to step.
+
+decode_common.cuh reads what is written here. Nothing here needs CUDA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_retrieval_attn.sketch.sampling import TILE
+
+PAGE = 1024
+"""Tokens of a page, of the host arena and of the sketch."""
+TILES = PAGE // TILE
+HEADER, FIELDS = 2, 8
+"""int64 numbers at the descriptor's start (rows, entries), and of each row after it."""
+TAU_UNIT = 1e-12
+DIMS = (64, 80, 96, 128, 256)
+MOST_GROUP = 12
+MOST_TOKENS = 1 << 21
+"""Host tokens of a row stay below this: histogram counts have 21 bits (decode_common.cuh)."""
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that stay the same for the life of a process; all counts are of this rank.
+
+    Attributes:
+        layers: retrieval layers. kv_heads: KV heads; group: query heads of each. dim: head size.
+        dtype: "bfloat16" or "float16", of queries, keys, values and the arena.
+        rows: most rows of a batch. entries: most pages of all rows of a step together.
+        host_pages, sketch_pages: capacity of the arena and of the sketch.
+        first_head: number of this rank's first KV head in the whole model. scale: of the softmax.
+    """
+
+    layers: int
+    kv_heads: int
+    group: int
+    dim: int
+    dtype: str
+    rows: int
+    entries: int
+    host_pages: int
+    sketch_pages: int
+    scale: float
+    first_head: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dim not in DIMS:
+            raise ValueError(f"head size {self.dim} is none of {DIMS}")
+        if not 1 <= self.group <= MOST_GROUP:
+            raise ValueError(f"{self.group} query heads a KV head are not within 1 and {MOST_GROUP}")
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"{self.dtype} is neither bfloat16 nor float16")
+
+    @property
+    def padded(self) -> int:
+        """Coordinates of a code: the head size rounded up to a multiple of 64."""
+        return -(-self.dim // 64) * 64
+
+    @property
+    def key_bytes(self) -> int:
+        return self.padded // 2
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one layer and KV head in a sketch page: codes of 1,024 keys, then their float16 steps."""
+        return PAGE * (self.key_bytes + 2)
+
+    @property
+    def sketch_page_bytes(self) -> int:
+        return self.layers * self.kv_heads * self.block_bytes
+
+    @property
+    def fragments(self) -> int:
+        """Matrix fragments of eight columns: four query heads with two digits each."""
+        return -(-self.group // 4)
+
+    @property
+    def items(self) -> int:
+        """(entry, KV head) pairs of a step, at most."""
+        return self.entries * self.kv_heads
+
+    @property
+    def descriptor_numbers(self) -> int:
+        return HEADER + self.rows * FIELDS + 2 * self.entries
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One row of the batch.
+
+    Attributes:
+        tokens: host tokens attended to, from the first one on. write: host token number of this step's token, -1: none.
+        position: of the token in its request. limit: keys read on average, at most. tau: weight from which on a key is
+            always read. seed: the request's. space: 0 the constant rotation, 1 the learned space.
+        host_pages, sketch_pages: page numbers in order; both have the page of ``write``, too.
+    """
+
+    tokens: int
+    write: int
+    position: int
+    limit: int
+    tau: float
+    seed: int
+    space: int
+    host_pages: Sequence[int]
+    sketch_pages: Sequence[int]
+
+
+def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers) -> int:
+    """Write the descriptor of one step into ``out`` (int64, geometry.descriptor_numbers); returns numbers written.
+
+    Raises:
+        ValueError: more rows or pages than the geometry allows.
+    """
+    entries = sum(len(row.host_pages) for row in rows)
+    if len(rows) > geometry.rows or entries > geometry.entries:
+        raise ValueError(f"{len(rows)} rows with {entries} pages exceed {geometry.rows} with {geometry.entries}")
+    out[0], out[1] = len(rows), entries
+    first, at = 0, HEADER + FIELDS * len(rows)
+    for number, row in enumerate(rows):
+        if row.tokens >= MOST_TOKENS:
+            raise ValueError(f"{row.tokens} host tokens of one row exceed {MOST_TOKENS - 1}")
+        begin = HEADER + FIELDS * number
+        seed = np.uint64(row.seed & (1 << 64) - 1).view(np.int64)
+        out[begin : begin + FIELDS] = (
+            row.tokens, row.write, row.position, row.limit, round(row.tau / TAU_UNIT), seed, row.space, first
+        )  # fmt: skip
+        pages = out[at : at + 2 * len(row.host_pages)].reshape(-1, 2)
+        pages[:, 0], pages[:, 1] = row.host_pages, row.sketch_pages
+        first, at = first + len(row.host_pages), at + 2 * len(row.host_pages)
+    return at
+
+
+def descriptor_of(rows: Sequence[StepRow], geometry: Geometry) -> Numbers:
+    """:func:`describe` into new memory of full size."""
+    out = np.zeros(geometry.descriptor_numbers, np.int64)
+    describe(rows, geometry, out)
+    return out
+
+
+def items_of(rows: Sequence[StepRow], number: int, head: int, geometry: Geometry) -> slice:
+    """Which items of scratch belong to one (row, KV head): one a page, in order."""
+    first = sum(len(row.host_pages) for row in rows[:number])
+    pages = len(rows[number].host_pages)
+    begin = first * geometry.kv_heads + head * pages
+    return slice(begin, begin + pages)
