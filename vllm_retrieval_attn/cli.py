@@ -1,7 +1,10 @@
 """The command ``vllm-retrieval``."""
 
+import itertools
+import json
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -61,17 +64,36 @@ cli_fit.register(app)
 @app.command()
 def bench(
     shape: Annotated[str, typer.Option(help="Published shape, with dummy weights.")] = "llama-3-8b",
-    mode: Annotated[str, typer.Option(help="full (vLLM's own backend), attention, flat or none.")] = "flat",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "8192,65536,131072",
-    tokens: Annotated[int, typer.Option(help="Output tokens.", min=8)] = 24,
-    batch: Annotated[int, typer.Option(help="Equal requests at once.", min=1)] = 1,
+    ways: Annotated[
+        str, typer.Option(help="sketch, faiss (codes on the CPU alone), flat, none, full, full-fp8 (fp8 KV cache).")
+    ] = "sketch,full",
+    contexts: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "1024,131072",
+    batches: Annotated[str, typer.Option(help="Equal requests at once, comma-separated.")] = "1",
+    rows: Annotated[str, typer.Option(help="Host rows that a step reads for a KV head, comma-separated.")] = "512",
+    tokens: Annotated[int, typer.Option(help="Output tokens.", min=12)] = 48,
+    options: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM; key retrieval: our knobs.")] = "{}",
+    out: Annotated[Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False)] = None,
 ) -> None:
-    """Decode latency and TTFT, with a breakdown per layer; one JSON row a length."""
-    from vllm_retrieval_attn.bench.decode import MODES, SHAPES, measure
+    """Decode steps and TTFT, ours beside full attention; one JSON row each. Fails if a step with a sketch was no graph,
+    or read no row."""
+    from vllm_retrieval_attn.bench.decode import SHAPES, WAYS, Load, compare
 
-    if mode not in MODES or shape not in SHAPES:
-        raise typer.BadParameter(f"mode is one of {MODES}, shape one of {tuple(SHAPES)}")
-    measure(shape, mode, [int(length) for length in lengths.split(",")], tokens, batch)
+    asked = [name.strip() for name in ways.split(",")]
+    if shape not in SHAPES or not set(asked) <= WAYS.keys():
+        raise typer.BadParameter(f"ways are {', '.join(WAYS)}; shapes are {', '.join(SHAPES)}")
+    numbers = [[int(part) for part in text.split(",")] for text in (contexts, batches, rows)]
+    loads = [Load(context, batch, tokens, limit) for context, batch, limit in itertools.product(*numbers)]
+    found: list[dict[str, Any]] = []
+    for row in compare(shape, asked, loads, json.loads(options)):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+        if out is not None:
+            out.write_text(json.dumps(found, indent=1))
+    ours = [row for row in found if row["way"] == "sketch"]
+    wrong = [row for row in ours if row["graph"] != 1 or (row["path"] != "paged" and not row["rows_mean"])]
+    if wrong:
+        print("not all steps were graphs that read rows:", *wrong, sep="\n")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -158,27 +158,6 @@ def arena():
     made.close()
 
 
-def test_low_pages_are_used_first_and_reserved_before_use():
-    seen = []
-    arena = Arena(make_layout(), torch.float32, 91, reserve=seen.append)
-    arena.grow(arena.open("a", 1), 3 * 64)
-    assert seen == arena.requests["a"].pages == [0, 1, 2]
-    arena.close()
-
-
-def test_a_failed_reserve_loses_no_page():
-    def refuse(page):
-        raise RuntimeError("no memory to pin")
-
-    arena = Arena(make_layout(), torch.float32, 91, reserve=refuse)
-    store = arena.open("a", 1)
-    with pytest.raises(RuntimeError, match="pin"):
-        arena.grow(store, 64)
-    arena.release("a", 1)
-    assert arena.used_pages == 0
-    arena.close()
-
-
 def test_what_a_full_arena_gave_before_it_refused_comes_back(arena):
     stores = [arena.open(name, 1) for name in "abcdef"]
     for store in stores:

@@ -1,11 +1,12 @@
 """The compact block table of a row: sink blocks, then window blocks."""
 
 import numpy as np
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_retrieval_attn.core.ownership import Split
-from vllm_retrieval_attn.plugin.metadata import resident_columns
+from vllm_retrieval_attn.plugin.metadata import FixedTables, resident_columns
 
 
 @st.composite
@@ -43,3 +44,26 @@ def test_a_batch_of_padding_rows_has_one_valid_column():
 def test_a_batch_of_no_rows_has_no_rows():
     empty = np.empty(0, np.int64)
     assert resident_columns(empty, empty, 1, 16, 4).shape == (0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(16, 32, 0, 16), (0, 48, 100, 16), (40, 64, 256, 32)]))
+def test_tables_that_stay_hold_what_others_would(seed, knobs):
+    random = np.random.default_rng(seed)
+    split = Split(*knobs)
+    fixed = FixedTables(split, 6, torch.device("cpu"))
+    for _ in range(2):  # what a batch leaves must not be seen by the next
+        rows = int(random.integers(1, 7))
+        computed = random.integers(0, 600, rows)
+        table = torch.from_numpy(random.integers(1, 10**6, (rows, 64)).astype(np.int32))
+        windows = split.window_starts(computed)
+        lens = computed + 1 - (windows - split.sink_end)
+        found, lens_found = fixed.fill(table, windows, lens)
+        assert lens.max() <= fixed.longest == found.shape[1] * split.block_size
+        assert lens_found.tolist() == lens.tolist()
+        columns = resident_columns(windows, lens, split.sink_end // split.block_size, split.block_size, 64)
+        wanted = table.gather(1, torch.from_numpy(columns))
+        for row in range(rows):
+            used = -(-int(lens[row]) // split.block_size)
+            assert found[row, :used].tolist() == wanted[row, :used].tolist()
+        assert found.data_ptr() == fixed.fill(table, windows, lens)[0].data_ptr()

@@ -1,4 +1,4 @@
-"""Decode latency at a context length, with a breakdown per layer: `vllm-retrieval bench`.
+"""Decode steps of contexts and batches, ours beside full attention in one run: `vllm-retrieval bench`.
 
 Dummy weights of a published shape, so that nothing need be downloaded; times do not depend on them.
 """
@@ -8,6 +8,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
     },
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -37,9 +52,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
     },
 }
-MODES = ("full", "attention", "flat", "none")
-_SKIP = 4
-"""Decode steps left out of the median: the first ones meet cold caches."""
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sketch": ("retrieval", {}),
+    "faiss": ("retrieval", {"retrieval": {"sketch_gb": 0}}),
+    "flat": ("retrieval", {"retrieval": {"index": "flat"}}),
+    "none": ("retrieval", {"retrieval": {"index": "none"}}),
+    "full": ("FLASH_ATTN", {}),
+    "full-fp8": ("FLASH_ATTN", {"kv_cache_dtype": "fp8"}),
+}
+"""Ways to serve a context: backend, and arguments of ``vllm.LLM``."""
+_SKIP = 6
+"""Decode steps left out of the figures: the first ones meet cold caches, and one batch follows a prefill."""
+_LEAST_TAU = 1e-9
+"""So low that ``rows`` alone says how many rows are read: dummy weights spread attention evenly."""
 
 
 def write_shape(name: str, folder: Path) -> Path:
@@ -56,98 +81,157 @@ def write_shape(name: str, folder: Path) -> Path:
     return folder
 
 
-def measure(
-    shape: str, mode: str, lengths: list[int], tokens: int = 32, batch: int = 1, **options: Any
-) -> list[dict[str, Any]]:
-    """TTFT, TPOT and the decode breakdown of one mode at each prompt length.
+@dataclass(frozen=True)
+class Load:
+    """What is measured: ``batch`` equal requests of ``context`` tokens, ``tokens`` decode steps, ``rows`` host rows."""
+
+    context: int
+    batch: int
+    tokens: int
+    rows: int
+
+
+def start(shape: str, way: str, loads: Sequence[Load], options: dict[str, Any]) -> InProcessEngine:
+    """An engine with dummy weights that has room for all of ``loads``.
 
     Args:
-        mode: ``full`` (vLLM's own backend on this device) or a kind of index.
-        tokens: output tokens. batch: equal requests at once.
         options: for ``vllm.LLM`` and, under ``retrieval``, our knobs.
-
-    Returns:
-        One row a length: ``ttft_s`` in seconds; ``tpot_ms``, median, and ``tpot_ms_p90`` in milliseconds;
-        ``settled_s``: seconds from the first token until steps take less than 1.5 times the median; ``*_us`` in
-        microseconds a layer.
     """
-    import torch
     from vllm.platforms import current_platform
 
-    knobs = options.pop("retrieval", {})
-    backend = "retrieval" if mode != "full" else ("CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN")
+    backend, settings = WAYS[way]
+    ours = backend == "retrieval"
+    if not ours and current_platform.is_cpu():
+        backend = "CPU_ATTN"
+    rows = {load.rows for load in loads}
+    knobs: dict[str, Any] = {"rows": max(rows), "max_rows": max(4096, *rows), "tau": _LEAST_TAU, "min_tau": _LEAST_TAU}
+    given = dict(options)
+    knobs |= given.pop("retrieval", {})
+    changed = dict(settings)
+    knobs |= changed.pop("retrieval", {})
     with tempfile.TemporaryDirectory() as folder:
-        engine = InProcessEngine(
+        return InProcessEngine(
             str(write_shape(shape, Path(folder))),
-            {**knobs, "index": mode} if mode != "full" else None,
+            knobs if ours else None,
             backend,
             **{
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,
                 "dtype": "bfloat16",
-                "max_model_len": max(lengths) + tokens + 8,
-                "max_num_seqs": max(batch, 2),
+                "max_model_len": max(load.context + load.tokens for load in loads) + 8,
+                "max_num_seqs": max(2, *(load.batch for load in loads)),
                 "max_num_batched_tokens": 8192,
                 "enable_prefix_caching": False,
                 "seed": 0,
-                **options,
+                **given,
+                **changed,
             },
         )
+
+
+def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[str, Any]:
+    """One load on an engine of :func:`start`.
+
+    Returns:
+        ``ttft_s`` until all requests have their first token; ``step_ms_p50``, ``step_ms_p90``, ``tokens_per_s`` of the
+        decode steps after the first _SKIP; ``settled_s`` from the first token until steps take less than 1.5 times the
+        median; ``gpu_bytes``, ``host_bytes`` that the requests hold while they decode; ``rows_mean`` host rows read
+        for a KV head; ``graph``: the share of the timed steps that replayed one graph, ``degraded``: that went to the
+        CPU workers although there is a sketch; None without our backend.
+    """
+    import torch
+
+    worker = engine.worker() if WAYS[way][0] == "retrieval" else None
     vocabulary = SHAPES[shape]["vocab_size"]
-    sampling: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
-    engine.run([_prompt(1024, vocabulary)], **sampling)  # warm-up
-    rows = []
-    for length in lengths:
-        engine.max_blocks.clear()
-        worker = engine.worker() if mode != "full" else None
-        if worker is not None:
-            worker.stats()
-        begin = time.perf_counter()
-        names = [engine.add(_prompt(length, vocabulary, seed), **sampling) for seed in range(batch)]
-        stamps: list[float] = []
-        counts: dict[str, int] = dict.fromkeys(names, 0)
-        host_bytes = host_tokens = index_bytes = 0
-        for outputs in engine.steps():
-            stamps.append(time.perf_counter() - begin)
-            for output in outputs:
-                counts[output.request_id] = len(output.outputs[0].token_ids)
-            if min(counts.values()) == 0:
-                ttft = stamps[-1]
-                stamps.clear()
-            elif worker is not None and worker.hosted:
-                host_bytes = max(host_bytes, worker.arena.used_bytes)
-                host_tokens = max(host_tokens, worker.arena.host_tokens)
-                index_bytes = max(index_bytes, worker.arena.indexed_tokens * worker.config.index_bytes_per_token)
-        engine.drain()
-        ttft = stamps[0] if stamps else ttft
-        every = [b - a for a, b in itertools.pairwise(stamps)]
-        steps = every[_SKIP:]
-        late = [i for i, step in enumerate(every) if step > 1.5 * statistics.median(steps)]
-        row: dict[str, Any] = {
-            "mode": mode,
-            "shape": shape,
-            "batch": batch,
-            "prompt_tokens": length,
-            "ttft_s": round(ttft, 3),
-            "tpot_ms": round(statistics.median(steps) * 1e3, 3),
-            "tpot_ms_p90": round(sorted(steps)[len(steps) * 9 // 10] * 1e3, 3),
-            "settled_s": round(sum(every[: late[-1] + 1]), 3) if late else 0.0,
-            "paged_blocks": max(engine.max_blocks.values()),
-            "host_bytes": host_bytes,
-            "host_tokens": host_tokens,
-            "index_bytes": index_bytes,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
-        if worker is not None:
-            timings = worker.stats()["timings"]
-            layers = max(timings["layers"], 1)
-            for part in ("query_out", "wait", "search", "merge", "total"):
-                row[f"{part}_us"] = round(timings[part] / layers / 1e3, 1)
-            row["codes_per_layer"], row["rows_per_layer"] = timings["codes"] // layers, timings["rows"] // layers
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    engine.close()
-    return rows
+    sampling: dict[str, Any] = {"temperature": 0, "max_tokens": load.tokens, "ignore_eos": True, "detokenize": False}
+    if worker is not None and way in ("sketch", "faiss"):
+        sampling["extra_args"] = {"retrieval_rows": load.rows}
+    engine.max_blocks.clear()
+    begin = time.perf_counter()
+    names = [engine.add(_prompt(load.context, vocabulary, seed), **sampling) for seed in range(load.batch)]
+    stamps: list[float] = []
+    graphs: list[int] = []
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+    reports: list[dict[str, Any]] = []
+    held = {"gpu_bytes": 0, "host_bytes": 0}
+    for outputs in engine.steps():
+        for output in outputs:
+            counts[output.request_id] = len(output.outputs[0].token_ids)
+            if output.finished and (output.kv_transfer_params or {}).get("retrieval"):
+                reports.append(output.kv_transfer_params["retrieval"])
+        if min(counts.values()) == 0 or max(counts.values()) == load.tokens:
+            continue
+        stamps.append(time.perf_counter() - begin)
+        graphs.append(worker.graph_steps if worker is not None else 0)
+        held = {name: max(value, held[name]) for name, value in _held(engine, worker).items()}
+    engine.drain()
+    every = [b - a for a, b in itertools.pairwise(stamps)]
+    steps = every[_SKIP:]
+    if not steps:
+        raise ValueError(f"{load.tokens} decode steps are too few; {_SKIP + 3} at least")
+    median = statistics.median(steps)
+    late = [i for i, step in enumerate(every) if step > 1.5 * median]
+    return {
+        "backend": WAYS[way][0],
+        "way": way,
+        "shape": shape,
+        "context": load.context,
+        "batch": load.batch,
+        "rows": load.rows,
+        "ttft_s": round(stamps[0], 3),
+        "step_ms_p50": round(median * 1e3, 3),
+        "step_ms_p90": round(sorted(steps)[len(steps) * 9 // 10] * 1e3, 3),
+        "tokens_per_s": round(load.batch / median, 1),
+        "settled_s": round(sum(every[: late[-1] + 1]), 3) if late else 0.0,
+        **held,
+        "rows_mean": round(statistics.mean(report["rows_read"] for report in reports), 1) if reports else None,
+        "path": "/".join(sorted({report["path"] for report in reports})) or None,
+        "graph": round((graphs[-1] - graphs[_SKIP]) / len(steps), 3) if worker is not None else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _held(engine: InProcessEngine, worker: Any) -> dict[str, int]:
+    """Bytes of the live requests: of pages and codes on the GPU, and of the arena."""
+    config = engine.scheduler.kv_cache_config
+    sizes = [group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in config.kv_cache_groups]
+    paged = sum(blocks * size for row in engine.held_blocks().values() for blocks, size in zip(row, sizes, strict=True))
+    if worker is None or not worker.hosted:
+        return {"gpu_bytes": paged, "host_bytes": 0}
+    codes = worker.sketch.codes.used * worker.sketch.geometry.sketch_page_bytes if worker.sketch is not None else 0
+    return {"gpu_bytes": paged + codes, "host_bytes": worker.arena.used_bytes}
+
+
+def compare(
+    shape: str, ways: Sequence[str], loads: Sequence[Load], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows of :func:`measure`, way after way, each in an engine of its own; a load that does not fit is left out."""
+    for way in ways:
+        engine = start(shape, way, loads, options)
+        try:
+            engine.run(
+                [_prompt(1024, SHAPES[shape]["vocab_size"])],
+                temperature=0,
+                max_tokens=8,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for load in loads:
+                yield measure(engine, shape, way, load)
+        finally:
+            engine.close()
+            del engine
+            _give_back()
+
+
+def _give_back() -> None:
+    """What an engine held, so that the next one finds the device free."""
+    import gc
+
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def _prompt(length: int, vocabulary: int, seed: int = 0) -> list[int]:

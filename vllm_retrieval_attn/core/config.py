@@ -47,7 +47,7 @@ class RetrievalConfig(BaseModel):
     """Share of the attention, summed over the query heads of a KV head, from which on a key is always read. Keys below
     are read with a probability of their share / tau; tau is raised where more than ``rows`` would be read."""
     candidates: int = Field(4096, ge=64, le=1 << 16)
-    """Best keys by code that Faiss returns for each query head and step; the others count as one class."""
+    """About how many keys Faiss returns by code for each query head and step; the others count as one class."""
     max_rows: int = Field(4096, ge=1, le=MOST_ROWS)
     """Most ``retrieval_rows`` that a request may ask for."""
     min_tau: float = Field(1e-5, gt=0, le=1)
@@ -61,6 +61,10 @@ class RetrievalConfig(BaseModel):
     host_memory_gb: float | None = Field(None, gt=0)
     """Host memory for K, V and their codes, in 10^9 bytes, for the whole engine. Default: what is free at start,
     less a reserve for the rest of the machine."""
+    sketch_gb: float | None = Field(None, ge=0)
+    """GPU memory of each rank for 4-bit codes of all host keys, in 10^9 bytes; what they hold is chosen and read by the
+    GPU in a CUDA graph, other requests are searched by Faiss. Default: what ``host_memory_gb`` needs, at most 0.4 of
+    what the weights leave; 0: none. On a GPU alone."""
     workers: int | None = Field(None, ge=1)
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
     threads: int | None = Field(None, ge=1)
@@ -109,8 +113,15 @@ class ResolvedConfig(RetrievalConfig):
     """Tokens of a paged block."""
     ranks: int
     """Tensor-parallel ranks that share the machine."""
+    layers: int = 0
+    """Retrieval layers of one rank."""
     cpus: list[int]
     """CPUs that the engine was started on."""
+
+    @property
+    def sketches(self) -> bool:
+        """Whether there is to be a sketch on the GPU."""
+        return self.sketch_gb != 0
 
     @property
     def split(self) -> Split:
@@ -210,6 +221,7 @@ def resolve(
     kv_heads: int,
     block_size: int,
     ranks: int,
+    layers: int = 0,
     index_bytes_per_token: int = 0,
     spoken_for: int = 0,
 ) -> ResolvedConfig:
@@ -217,7 +229,7 @@ def resolve(
 
     Args:
         bytes_per_token: K and V of one token in one rank's retrieval layers.
-        kv_heads: KV heads of one rank. ranks: tensor-parallel size.
+        kv_heads: KV heads of one rank. ranks: tensor-parallel size. layers: retrieval layers.
         index_bytes_per_token: codes of one token in one rank's retrieval layers; part of host_memory_gb.
         spoken_for: host bytes that vLLM itself is about to take (its KV cache on CPU).
 
@@ -257,6 +269,7 @@ def resolve(
             "index_bytes_per_token": index_bytes_per_token,
             "block_size": block_size,
             "ranks": ranks,
+            "layers": layers,
             "cpus": cpus,
         }
     )

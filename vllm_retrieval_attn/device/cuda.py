@@ -12,17 +12,26 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror
+from vllm_retrieval_attn.device.prefill_stream import Stage, stream_of
+from vllm_retrieval_attn.device.sketch import current_sketch
+from vllm_retrieval_attn.device.sketch_plan import SketchPlan
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.pinning import Pinner
 
 if TYPE_CHECKING:
-    from vllm_retrieval_attn.device.plan import PrefillRow, StepPlan
+    from vllm_retrieval_attn.device.plan import StepPlan
     from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
     from vllm_retrieval_attn.plugin.worker import RetrievalWorker
     from vllm_retrieval_attn.store.arena import Arena
 
-_STAGE_BYTES = 64 << 20
-"""Both buffers of the prefill stream together: enough to keep the link busy."""
+
+@dataclass
+class Encoded:
+    """Tokens to code in one space: batch tokens (n,) int64, page and offset of the sketch (n, 2) int64."""
+
+    space: int
+    tokens: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass
@@ -32,6 +41,8 @@ class DevicePlan:
     mirror_tokens: torch.Tensor
     mirror_targets: torch.Tensor
     decode_tokens: torch.Tensor
+    sketch_tokens: torch.Tensor
+    encoded: list[Encoded]
 
 
 class CudaHost:
@@ -41,11 +52,9 @@ class CudaHost:
         lay = arena.layout
         self._layout: Layout = lay
         self.arena_address = int(arena.views.pages.ctypes.data)
-        self.pinner = Pinner(self.arena_address - lay.pages_offset, lay, device)
-        arena.reserve = self.pinner.reserve
+        self.pinner = Pinner(self.arena_address - lay.pages_offset, lay)
         self.device = device
         self.mirror_stream = torch.cuda.Stream(device)
-        self.copy_stream = torch.cuda.Stream(device)
         self.mirror_done = torch.cuda.Event()
         self.written = torch.cuda.Event()
         self.queries_out = torch.cuda.Event()
@@ -53,12 +62,7 @@ class CudaHost:
         shape = (lay.max_rows, lay.heads, lay.dim)
         self.found = torch.empty(shape, dtype=torch.float32, pin_memory=True)
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
-        self.stage_pages = max(1, min(_STAGE_BYTES // 2 // lay.page_layer_bytes, lay.pages))
-        stage = (2, self.stage_pages, lay.kv_heads, lay.page_tokens, 2, lay.dim)
-        self.stage = torch.empty(stage, dtype=arena.pages.dtype, device=device)
-        self.stage_table = torch.arange(self.stage_pages, dtype=torch.int32, device=device)[None]
-        self.stage_full = [torch.cuda.Event() for _ in range(2)]
-        self.stage_free = [torch.cuda.Event() for _ in range(2)]
+        self.stage = Stage(lay, arena.pages.dtype, device)
 
     def plan(self, plan: "StepPlan") -> DevicePlan:
         """Send a step's index arrays to the GPU, once for all layers."""
@@ -69,7 +73,16 @@ class CudaHost:
             def sent(array: Any) -> torch.Tensor:
                 return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
 
-            plan.device = DevicePlan(sent(plan.mirror_tokens), sent(targets), sent(plan.decode_tokens))
+            sketch = plan.sketch or SketchPlan()
+            encoded = []
+            for space in np.unique(sketch.encode_spaces).tolist():
+                mine = sketch.encode_spaces == space
+                where = np.stack((sketch.encode_pages[mine], sketch.encode_offsets[mine]), axis=1)
+                encoded.append(Encoded(space, sent(sketch.encode_tokens[mine]), sent(where)))
+            tokens = np.array(sketch.tokens, np.int64)
+            plan.device = DevicePlan(
+                sent(plan.mirror_tokens), sent(targets), sent(plan.decode_tokens), sent(tokens), encoded
+            )
         return plan.device
 
     def fence_mirror(self) -> None:
@@ -122,13 +135,21 @@ class CudaLayer:
             self._one = torch.ones((), device=kv_cache.device)  # K and V are not quantized
         reshape_and_cache_flash(key, value, key_cache, value_cache, metadata.slot_mapping, "auto", self._one, self._one)
         search = False
-        if plan is not None and worker is not None:
+        sketch = current_sketch()
+        if metadata.graph:
+            assert sketch is not None
+            sketch.kernels.before(layer, key, value, query)
+        elif plan is not None and worker is not None:
             host = worker.cuda
             device_plan = host.plan(plan)
             self._mirror(host, worker.arena.layout, layer, kv_cache, metadata, device_plan)
             worker.learn(layer, key, query, plan)
             search = plan.searched
+            for part in device_plan.encoded:
+                assert sketch is not None
+                sketch.encode(layer, part.space, key.index_select(0, part.tokens), part.targets)
         streaming = plan.prefill if plan is not None else []
+        chosen = plan is not None and plan.sketch is not None and plan.sketch.attends and not metadata.graph
         result = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -141,20 +162,43 @@ class CudaLayer:
             softmax_scale=self._scale,
             causal=True,
             block_table=metadata.resident_table,
-            return_softmax_lse=search or bool(streaming),
+            return_softmax_lse=search or bool(streaming) or chosen or metadata.graph,
             fa_version=self._version,
         )
-        if not (search or streaming):
+        if metadata.graph:
+            assert sketch is not None
+            sketch.kernels.after(layer, query, output, result[1])
+            return
+        if not (search or streaming or chosen):
             return
         lse = result[1]
         assert worker is not None
         assert plan is not None
         if search:
             self._post(worker, layer, plan, query, lse)
-        for item in streaming:
-            lse[:, item.first : item.last] = self._stream(worker, layer, query, item, output, lse)
+        for number, item in enumerate(streaming):
+            lse[:, item.first : item.last] = self._stream(worker, plan, number, query, output, lse)
+        if chosen:
+            self._attend_chosen(worker, layer, plan, (query, key, value), output, lse)
         if search:
             self._collect(worker, layer, plan, begin, output, lse)
+
+    def _attend_chosen(
+        self,
+        worker: "RetrievalWorker",
+        layer: int,
+        plan: "StepPlan",
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Rows whose host tokens the GPU chooses from, outside of a graph."""
+        tokens, kernels = worker.cuda.plan(plan).sketch_tokens, worker.sketch.kernels
+        query, key, value = (part.index_select(0, tokens) for part in inputs)
+        out = output.index_select(0, tokens)
+        kernels.before(layer, key, value, query)
+        kernels.after(layer, query, out, lse.index_select(1, tokens))
+        output.index_copy_(0, tokens, out)
 
     def _mirror(
         self,
@@ -237,54 +281,35 @@ class CudaLayer:
     def _stream(
         self,
         worker: "RetrievalWorker",
-        layer: int,
+        plan: "StepPlan",
+        number: int,
         query: torch.Tensor,
-        item: "PrefillRow",
         output: torch.Tensor,
         lse: torch.Tensor,
     ) -> torch.Tensor:
-        """Exact attention of a prefill chunk over its host tokens, streamed through two buffers; returns its LSE."""
-        host, arena = worker.cuda, worker.arena
-        page_tokens = arena.layout.page_tokens
+        """Exact attention of the plan's prefill row ``number`` over its host tokens; returns its LSE."""
+        item, stage = plan.prefill[number], worker.cuda.stage
+        stream = stream_of(plan, stage, worker.arena.pages)
         q = query[item.first : item.last]
-        length = item.last - item.first
         running = output[item.first : item.last].float()
         running_lse = lse[:, item.first : item.last].contiguous()
-        starts = torch.tensor([0, length], dtype=torch.int32).pin_memory().to(host.device, non_blocking=True)
-        main = torch.cuda.current_stream()
-        ready = torch.cuda.Event()
-        ready.record(main)
-        host.copy_stream.wait_event(ready)
-        pages = item.store.pages[: -(-item.host_tokens // page_tokens)]
-        for number, first in enumerate(range(0, len(pages), host.stage_pages)):
-            group = pages[first : first + host.stage_pages]
-            tokens = min(item.host_tokens - first * page_tokens, len(group) * page_tokens)
-            buffer = number % 2
-            stage = host.stage[buffer]
-            with torch.cuda.stream(host.copy_stream):
-                if number >= 2:
-                    host.copy_stream.wait_event(host.stage_free[buffer])
-                for place, page in enumerate(group):
-                    stage[place].copy_(arena.pages[page, layer], non_blocking=True)
-                used = torch.tensor([tokens], dtype=torch.int32).pin_memory().to(host.device, non_blocking=True)
-                host.stage_full[buffer].record()
-            main.wait_event(host.stage_full[buffer])
-            used.record_stream(main)
+        for _ in range(stream.counts[number]):
+            rows, used, tokens = stream.take()
             part, part_lse = flash_attn_varlen_func(
                 q=q,
-                k=stage[..., 0, :].transpose(1, 2),
-                v=stage[..., 1, :].transpose(1, 2),
-                cu_seqlens_q=starts,
-                max_seqlen_q=length,
+                k=rows[..., 0, :].transpose(1, 2),
+                v=rows[..., 1, :].transpose(1, 2),
+                cu_seqlens_q=stream.starts[number],
+                max_seqlen_q=item.last - item.first,
                 seqused_k=used,
                 max_seqlen_k=tokens,
                 softmax_scale=self._scale,
                 causal=False,
-                block_table=host.stage_table,
+                block_table=stage.table,
                 return_softmax_lse=True,
                 fa_version=self._version,
             )
-            host.stage_free[buffer].record()
+            stream.done()
             merge_in_place(running, running_lse, part, part_lse)
         output[item.first : item.last] = running.to(output.dtype)
         return running_lse

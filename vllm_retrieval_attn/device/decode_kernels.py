@@ -165,7 +165,6 @@ class DecodeKernels:
 
     def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: tuple[str, ...] = ()) -> None:
         self.geometry, self.buffers, self.work = geometry, buffers, work
-        self._check_buffers()
         properties = torch.cuda.get_device_properties(buffers.sketch.device)
         self._load(compile_kernels(
             geometry.dim, geometry.group, geometry.dtype, f"sm_{properties.major}{properties.minor}", defines
@@ -183,9 +182,15 @@ class DecodeKernels:
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], _THREADS[name], 0)
             )
             self._grids[name] = min(max(blocks, 1) * every, geometry.items)
-        g, b = geometry, buffers
+        self.move(buffers)
+
+    def move(self, buffers: Buffers) -> None:
+        """Use other buffers from now on; a graph that is captured already keeps those that it knows."""
+        self.buffers = buffers
+        self._check_buffers()
+        g, b = self.geometry, buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
-        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *work)
+        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *self.work)
         self._state = _packed(*fixed, float(g.scale), *addresses)
 
     def _check_buffers(self) -> None:

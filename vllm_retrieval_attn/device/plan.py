@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_retrieval_attn.core.options import SearchOptions
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.device.sketch_plan import SketchPlan, stacked
 from vllm_retrieval_attn.store.layout import ROW_FIELDS, TAU_UNIT
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class StepPlan:
         rows_read: (D,) int64, summed over layers and KV heads. searches: how many of those were summed.
         failed: requests of this step whose search failed; the workers are gone if those are all.
         probe: row of the message to compare with exact attention, -1: none.
-        device: the CUDA layer's copy of the index arrays; None on CPU.
+        sketch: what the sketch on the GPU has to do; None where there is none.
+        device: the CUDA layer's copy of the index arrays; None on CPU. stream: how its prefill rows are streamed.
     """
 
     mirror_tokens: Ints = field(default_factory=_none)
@@ -64,7 +66,9 @@ class StepPlan:
     searches: int = 0
     failed: set[str] = field(default_factory=set)
     probe: int = -1
+    sketch: SketchPlan | None = None
     device: Any = None
+    stream: Any = None
 
     @property
     def searched(self) -> bool:
@@ -78,20 +82,24 @@ def make_plan(
     epochs: dict[str, int],
     split: Split,
     options: Callable[[str], SearchOptions] = lambda request_id: SearchOptions(),
+    graph: bool = False,
 ) -> StepPlan:
     """Resolve a batch against the arena: give pages to new tokens and find what lies on the host.
 
     Args:
         epochs: admission epoch of each request that may need the host; rows of others stay in pages.
         split: where tokens are divided. options: how to search for a request.
+        graph: the step replays a graph, whose kernels write to the host themselves.
 
     Raises:
         RuntimeError: scheduler and worker disagree on what a request has on the host.
     """
     mirrored: list[tuple[Ints, Ints, Ints]] = []
+    coded: list[tuple[Ints, Ints, Ints, Ints]] = []
     decode_tokens: list[int] = []
     decode_rows: list[tuple[int, ...]] = []
-    plan = StepPlan()
+    plan = StepPlan(sketch=SketchPlan() if arena.codes is not None else None)
+    sketch = plan.sketch
     sinks, indexed = split.sink_end, arena.layout.indexed
     assert metadata.request_ids is not None
     for row, request_id in enumerate(metadata.request_ids):
@@ -99,26 +107,40 @@ def make_plan(
         length = int(metadata.query_lens[row])
         if length - 1 > plan.longest[1] - plan.longest[0]:
             plan.longest = int(metadata.query_start[row]), int(metadata.query_start[row]) + length
-        if epoch is None or length == 0:
-            continue
         start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
+        if epoch is None or length == 0:
+            if graph and sketch is not None:
+                sketch.add_empty(start)
+            continue
         store = arena.open(request_id, epoch)
         old, new = max(0, computed - sinks), max(0, computed + length - sinks)
         if old > store.tokens:  # the scheduler counts on KV that this admission never had: no answer from noise
             raise RuntimeError(f"retrieval: {request_id}: host tokens {store.tokens} to {old} were never written")
         if new > old:
             arena.grow(store, new)
-            where = arena.token_positions(store, old, new)
-            mirrored.append((np.arange(start + length - (new - old), start + length), *where))
+            if not graph:
+                _copy_tokens(arena, store, (old, new), start + length, mirrored, coded)
             store.written(new)
         host_tokens = int(metadata.windows[row]) - sinks
+        if graph and sketch is not None:
+            how = options(request_id)
+            if not store.sketched:
+                raise RuntimeError(f"retrieval: {request_id} has no codes in a step that replays a graph")
+            sketch.add(store, start, host_tokens, old if new > old else -1, computed, how)
+            continue
         if host_tokens <= 0:
             continue
-        covered = split.indexed_tokens(computed) if indexed else 0
+        how = options(request_id)
+        if sketch is not None and store.sketched and not how.exact:
+            if length == 1:
+                sketch.add(store, start, host_tokens, -1, computed, how)
+            else:
+                plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
+            continue
+        covered = split.indexed_tokens(computed) if indexed and not how.exact else 0
         plan.growth.append((store, covered))
         if length == 1:
-            how = options(request_id)
-            searched = 0 if how.exact or covered <= how.rows else covered
+            searched = 0 if covered <= how.rows else covered
             tau = max(1, round(how.tau / TAU_UNIT))
             numbers = (store.slot, store.generation, host_tokens, searched, computed, how.rows, tau, how.seed)
             decode_rows.append(numbers)
@@ -127,10 +149,27 @@ def make_plan(
         else:
             plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
     if mirrored:
-        plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets = (
-            np.concatenate(parts) for parts in zip(*mirrored, strict=True)
-        )
+        plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets = stacked(mirrored)
+    if coded and sketch is not None:
+        sketch.encode_tokens, sketch.encode_pages, sketch.encode_offsets, sketch.encode_spaces = stacked(coded)
     plan.decode_tokens = np.array(decode_tokens, np.int64)
     plan.rows_read = np.zeros(len(decode_tokens), np.int64)
     plan.decode_rows = np.array(decode_rows, np.int64).reshape(-1, ROW_FIELDS)
     return plan
+
+
+def _copy_tokens(
+    arena: "Arena",
+    store: "RequestStore",
+    span: tuple[int, int],
+    end: int,
+    mirrored: list[tuple[Ints, Ints, Ints]],
+    coded: list[tuple[Ints, Ints, Ints, Ints]],
+) -> None:
+    """Note where host tokens ``span`` go, the last of which is batch token ``end - 1``."""
+    tokens = np.arange(end - (span[1] - span[0]), end)
+    pages, offsets = arena.token_positions(store, *span)
+    mirrored.append((tokens, pages, offsets))
+    if store.sketched:
+        numbers = np.asarray(store.codes, np.int64)[np.arange(*span) // arena.layout.page_tokens]
+        coded.append((tokens, numbers, offsets, np.full(len(tokens), store.space)))

@@ -132,6 +132,7 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self._vllm_config = vllm_config
         config = resolved_config(vllm_config)
         RetrievalBackend._split_tokens = (config.sink_tokens, config.window_tokens, config.resident_tokens)
         RetrievalBackend._in_flight_tokens = vllm_config.max_in_flight_tokens
@@ -143,6 +144,13 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
             from vllm_retrieval_attn.device.cuda import CudaLayer
 
             self._device = CudaLayer(self.scale, head_size)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """The first layer takes the memory of the sketch: vLLM measures what is left for pages after this."""
+        from vllm_retrieval_attn.plugin.sketching import load_sketch
+
+        if not current_platform.is_cpu():
+            load_sketch(self._vllm_config, self)
 
     def forward(
         self,

@@ -24,6 +24,9 @@ BACKEND_PATH = "vllm_retrieval_attn.plugin.backend.RetrievalBackend"
 CONNECTOR = "RetrievalConnector"
 CONNECTOR_MODULE = "vllm_retrieval_attn.plugin.connector"
 
+GRAPHS_KEY = "retrieval_graphs"
+"""Key of the connector's extra config: decode steps may be replayed as whole graphs."""
+
 END_GRACE_S = 15.0
 """Seconds to end for an engine that vLLM would kill at once, and for the memory of a killed one to be given back."""
 
@@ -315,10 +318,48 @@ def _patch_v2_runner() -> None:
     _wrap(state, "prepare_attn", make)
 
 
+def _patch_dispatch() -> None:
+    """A decode step that has work for the CPU workers may not be replayed as one graph.
+
+    vLLM decides by shapes alone. Remove when a connector or a backend can ask for a step's kind of graph.
+    """
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    runner = importlib.import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner
+
+    def make_execute(original: Any) -> Any:
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm_retrieval_attn.plugin.worker import current_worker
+
+            if (worker := current_worker()) is not None:
+                worker.look_ahead(scheduler_output)
+            return original(self, scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    def make_dispatch(original: Any) -> Any:
+        def dispatch(
+            self: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
+        ) -> Any:
+            from vllm_retrieval_attn.plugin.worker import current_worker
+
+            worker = current_worker()
+            if worker is not None and worker.needs_pieces:
+                uniform_token_count = None  # as for a batch with a prefill
+                kwargs["max_query_len"] = None
+            return original(self, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+
+        return dispatch
+
+    _wrap(runner, "execute_model", make_execute)
+    _wrap(CudaGraphManager, "dispatch", make_dispatch)
+
+
 def patch_runner(use_v2: bool) -> None:
     """Patch the model runner of this worker; its module is imported by then."""
     if use_v2:
         _patch_v2_runner()
+        _patch_dispatch()
     else:
         _patch_v1_runner()
 

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_retrieval_attn.core.ledger import HostLedger
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
-from vllm_retrieval_attn.plugin.compat import resolved_config
+from vllm_retrieval_attn.plugin.compat import GRAPHS_KEY, resolved_config
 from vllm_retrieval_attn.plugin.line import WaitingLine
 from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
@@ -56,12 +56,14 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._requested: dict[str, SearchOptions] = {}
         self._cached: dict[str, int] = {}
         self._read: dict[str, tuple[int, int]] = {}
+        self._sketched: set[str] = set()
         if role == KVConnectorRole.WORKER:
             self._worker = RetrievalWorker(vllm_config, config, kv_cache_config)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return True  # the attention layer waits for the CPU between graph pieces
+        # Without a sketch the attention layer waits for the CPU between graph pieces.
+        return not extra_config.get(GRAPHS_KEY, False)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -112,6 +114,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         message = StepMessage(options=self._options, released=self._released)
         self._options, self._released = {}, []
         self.line.step_ends()
+        # So that start_load_kv comes before the forward pass: a graph's descriptor is sent there.
+        scheduler_output.has_sync_kv_loads = self._config.sketches
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):
@@ -131,6 +135,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
                 continue
             sums = self._read.get(request_id, (0, 0))
             self._read[request_id] = sums[0] + rows, sums[1] + searches
+            if request_id in report.sketched:
+                self._sketched.add(request_id)
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -153,7 +159,9 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         options = self._requested.pop(request.request_id, None)
         if searches:
             exact = config.index == "flat" or (options is not None and options.exact)
-            report |= {"path": "exact" if exact else "faiss", "rows_read": round(rows / searches)}
+            path = "sketch" if request.request_id in self._sketched else "exact" if exact else "faiss"
+            report |= {"path": path, "rows_read": round(rows / searches)}
+        self._sketched.discard(request.request_id)
         # Not in finished_req_ids' time: a new request may have the id by then.
         self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
         self._ledger.forget(request.request_id)
@@ -180,13 +188,17 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.end_step()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        return
+        if (metadata := kwargs.get("attn_metadata")) is not None:  # vLLM hands it over before it replays a graph alone
+            self.worker.begin_graph(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return
+
+    def finish_forward(self) -> None:
+        self.worker.finish_forward()
 
     def wait_for_save(self) -> None:
         self.worker.fence_mirror()

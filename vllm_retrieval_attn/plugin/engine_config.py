@@ -7,11 +7,13 @@ from vllm_retrieval_attn.core import config as knobs_module
 from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalConfig
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.index.packing import bytes_per_key
-from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, NAME
+from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, GRAPHS_KEY, NAME
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
+SKETCH_PAGE = 1024
+"""Tokens of a page that the kernels are written for (device/decode.cu)."""
 _CPU_REQUESTS = 8
 """Requests at full residency that the default CPU pool has room for."""
 
@@ -46,11 +48,34 @@ def prepare(args: Any) -> RetrievalConfig:
         refuse(f"a second KV connector ({transfer.kv_connector})", "drop --kv-transfer-config")
     if args.kv_offloading_size is not None:
         refuse("--kv-offloading-size", "drop it: the host keeps the KV cache already")
+    knobs = with_sketch(knobs, current_platform.is_cpu())
     args.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+        kv_connector_extra_config={GRAPHS_KEY: knobs.sketch_gb != 0},
     )
     sliding = "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
     args.attention_config = _with_sliding_backend(args.attention_config, sliding)
+    return knobs
+
+
+def with_sketch(knobs: RetrievalConfig, on_cpu: bool) -> RetrievalConfig:
+    """The knobs with ``sketch_gb`` 0 where there can be no sketch.
+
+    Raises:
+        ValueError: one was asked for, or can not be with the other knobs.
+    """
+    if knobs.index != "attention" or on_cpu:
+        if knobs.sketch_gb:
+            where = "on CPU" if on_cpu else f"with index={knobs.index!r}"
+            raise ValueError(f"retrieval: sketch_gb={knobs.sketch_gb:g} has no meaning {where}; drop it")
+        return knobs.model_copy(update={"sketch_gb": 0.0})
+    if knobs.sketch_gb != 0 and knobs.page_tokens != SKETCH_PAGE:
+        raise ValueError(
+            f"retrieval: page_tokens={knobs.page_tokens} does not go with codes on the GPU; set page_tokens to "
+            f"{SKETCH_PAGE}, or sketch_gb to 0"
+        )
     return knobs
 
 
@@ -104,6 +129,8 @@ def check_supported(vllm_config: "VllmConfig") -> None:
         refuse(f"KV cache dtype {cache.cache_dtype} with a model in {wanted}", "set --kv-cache-dtype auto")
     if cache.block_size % 16:
         refuse(f"block size {cache.block_size}", "set --block-size to a multiple of 16")
+    if getattr(model, "enable_sleep_mode", False):
+        refuse("sleep mode", "drop --enable-sleep-mode")
     if not count_full_attention_layers(model, parallel):
         refuse("a model with sliding-window layers only", "serve it without --attention-backend retrieval")
 
@@ -169,6 +196,7 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
         knobs,
         index_bytes_per_token=index_bytes_per_token(vllm_config) if knobs.index == "attention" else 0,
         bytes_per_token=per_token,
+        layers=count_full_attention_layers(vllm_config.model_config, vllm_config.parallel_config),
         kv_heads=vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config),
         block_size=cache.block_size,
         ranks=ranks,

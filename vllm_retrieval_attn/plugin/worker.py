@@ -17,7 +17,7 @@ from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
-from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION
+from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION, Space
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.space_file import load_space, save_space, space_path
@@ -68,7 +68,9 @@ class RetrievalWorker:
 
     Attributes:
         hosted: False with index ``none``, which has none of the following.
-        arena, client, pool: the host side. cuda: its GPU half, None on CPU.
+        arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
+        graph_steps: steps that replayed one graph.
+        needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
         sampler: of steps to compare with exact attention; None without an index.
         timings: where decode time goes.
     """
@@ -93,6 +95,9 @@ class RetrievalWorker:
         self._learner: SpaceLearner | None = None
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
+        self.sketch: Any = None
+        self.needs_pieces = False
+        self.graph_steps = 0
         if self.hosted:
             self._start_host(vllm_config)
         _current = self
@@ -108,8 +113,13 @@ class RetrievalWorker:
         self.cuda: Any = None
         if vllm_config.device_config.device_type == "cuda":
             from vllm_retrieval_attn.device.cuda import CudaHost
+            from vllm_retrieval_attn.device.sketch import current_sketch
 
             self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
+            self.sketch = current_sketch()
+            if self.sketch is not None:
+                self.sketch.connect(self.cuda.arena_address)
+                self.arena.codes = self.sketch.codes
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
@@ -174,9 +184,14 @@ class RetrievalWorker:
         if space is None:
             self._learner = SpaceLearner(lay.layers)
             return
-        self.arena.views.keep_space(space)
-        self.arena.space = LEARNED
+        self._keep_space(space)
         logger.info("retrieval: the model's space is taken from %s", self.space_path)
+
+    def _keep_space(self, space: Space) -> None:
+        self.arena.views.keep_space(space)
+        if self.sketch is not None:
+            self.sketch.set_space(space)
+        self.arena.space = LEARNED
 
     def forget_space(self) -> None:
         """Learn the model's space anew, from the next prompt that is long enough."""
@@ -201,13 +216,46 @@ class RetrievalWorker:
             self._learner = SpaceLearner(self.arena.layout.layers)
             return
         self._learner = None
-        self.arena.views.keep_space(space)
-        self.arena.space = LEARNED
+        self._keep_space(space)
         kept = save_space(self.space_path, space)
         where = f", kept in {self.space_path}" if kept else ""
         logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
 
     # ---- a step
+
+    def look_ahead(self, scheduler_output: Any) -> None:
+        """Before vLLM decides how to run a step: see whether the CPU workers are needed in it."""
+        message = getattr(scheduler_output, "kv_connector_metadata", None)
+        self.needs_pieces = False
+        if self.sketch is None or not isinstance(message, StepMessage):
+            return
+        for request_id, epoch in message.admitted.items():
+            options = message.options.get(request_id) or self._options.get(request_id, self._default_options)
+            store = self.arena.requests.get(request_id)
+            lost = store is not None and store.epoch == epoch and not store.sketched
+            if options.exact or lost or not self._pages_left(store, scheduler_output, request_id):
+                self.needs_pieces = True
+                return
+
+    def _pages_left(self, store: "RequestStore | None", scheduler_output: Any, request_id: str) -> bool:
+        """Whether the tokens of this step surely find pages of codes."""
+        tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0) + (store.tokens if store is not None else 0)
+        held = len(store.codes) if store is not None else 0
+        more = self.arena.layout.page_tokens_owned(tokens) - held
+        return more <= self.sketch.codes.pages - self.sketch.codes.used - len(scheduler_output.num_scheduled_tokens)
+
+    def begin_graph(self, attn_metadata: dict[str, "RetrievalMetadata"]) -> None:
+        """A graph is about to be replayed: resolve its batch, and send the descriptor that its kernels read."""
+        if self.sketch is not None:
+            metadata = attn_metadata[self._names[0]]
+            plan = self.plan(metadata, graph=True)
+            self.sketch.send(plan.sketch if plan is not None else None)
+            self.graph_steps += 1
+
+    def finish_forward(self) -> None:
+        """All kernels of this step's layers are under way."""
+        if self.sketch is not None:
+            self.sketch.finish()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._kv_caches = {name: kv_caches[name] for name in self._names if name in kv_caches}
@@ -229,8 +277,8 @@ class RetrievalWorker:
     def layer_number(self, name: str) -> int:
         return self._layer_numbers[name]
 
-    def plan(self, metadata: "RetrievalMetadata") -> StepPlan | None:
-        """Host work of this batch; None if it has none (dummy run, index ``none``)."""
+    def plan(self, metadata: "RetrievalMetadata", graph: bool = False) -> StepPlan | None:
+        """Host work of this batch; None if it has none (dummy run, index ``none``). ``graph``: it replays a graph."""
         if self._message is None or metadata.request_ids is None:
             return None
         if not metadata.resolved:
@@ -246,7 +294,10 @@ class RetrievalWorker:
                 self._message.admitted,
                 self.config.split,
                 lambda request_id: self._options.get(request_id, self._default_options),
+                graph,
             )
+            if self.sketch is not None and not graph:
+                self.sketch.send(plan.sketch)
             self._growth.append((self._written, plan.growth))
             self._begin_learning(metadata, plan)
             if self.sampler is not None:
@@ -299,6 +350,9 @@ class RetrievalWorker:
     def report(self) -> WorkerReport | None:
         """What the scheduler is to know of this step."""
         report = WorkerReport(self._failed, self._read)
+        if self.sketch is not None:
+            counts = self.sketch.take_counts()
+            report = report.aggregate(WorkerReport(set(), counts, set(counts)))
         self._failed, self._read = set(), {}
         return report if report.failed or report.read else None
 
@@ -374,6 +428,10 @@ class RetrievalWorker:
             _current = None
         if self.hosted:
             begin = time.monotonic()
+            if self.sketch is not None:
+                from vllm_retrieval_attn.device.sketch import keep_sketch
+
+                keep_sketch(None)
             if self.cuda is not None:
                 self.cuda.close()
             self.arena.close()  # first: vLLM gives a worker few seconds to go

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.store.code_pages import CodePages
 from vllm_retrieval_attn.store.layout import (
     SLOT_GENERATION,
     SLOT_INDEXED,
@@ -32,23 +33,15 @@ class Arena:
     Args:
         layout: shapes. rank: tensor-parallel rank, part of the file's name.
         poison: overwrite freed pages with NaN (tests).
-        reserve: called with the highest page number about to be used, before its first use (the
-            CUDA worker pins memory there).
 
     Attributes:
         pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file.
         queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
         space: which space codes the tokens of requests that are opened from now on.
+        codes: pages of the sketch on the GPU; None where there is no sketch.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        dtype: torch.dtype,
-        rank: int,
-        poison: bool = False,
-        reserve: Callable[[int], None] = lambda page: None,
-    ) -> None:
+    def __init__(self, layout: Layout, dtype: torch.dtype, rank: int, poison: bool = False) -> None:
         self.layout = layout
         self.file = SharedFile.create(layout.file_bytes, rank)
         self.views = Views(layout, self.file.map)
@@ -60,12 +53,12 @@ class Arena:
         )
         self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)
         self.outside = torch.from_numpy(self.views.outside)
-        self.reserve = reserve
         self._poison = poison
         self._free = list(range(layout.pages - 1, -1, -1))  # low numbers first: memory is touched late
         self._slots = list(range(layout.max_rows - 1, -1, -1))
         self._generation = 0
         self.space = 0
+        self.codes: CodePages | None = None
         self.requests: dict[str, RequestStore] = {}
         self.before_release: Callable[[RequestStore], None] | None = None
 
@@ -99,6 +92,7 @@ class Arena:
             raise ArenaFull(f"more than {self.layout.max_rows} requests hold host memory")
         self._generation += 1
         store = RequestStore(request_id, epoch, self._slots.pop(), self._generation)
+        store.sketched, store.space = self.codes is not None, self.space
         slot = self.views.slots[store.slot]
         slot[SLOT_INDEXED], slot[SLOT_SPACE] = 0, self.space
         slot[SLOT_GENERATION] = store.generation
@@ -111,11 +105,14 @@ class Arena:
         while len(store.pages) < need:
             if not self._free:
                 raise ArenaFull(f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)")
-            page = self._free[-1]
-            self.reserve(page)  # may fail; nothing has changed hands yet
+            page = self._free.pop()
             self.views.tables[store.slot, len(store.pages)] = page
-            self._free.pop()
             store.pages.append(page)
+        if store.sketched:
+            assert self.codes is not None
+            if not self.codes.grow(store.codes, need):
+                self.codes.release(store.codes)
+                store.sketched = False
 
     def allow_indexing(self, store: RequestStore, tokens: int) -> None:
         """Let the actors index host tokens ``[0, tokens)``, which must have arrived in the arena."""
@@ -139,6 +136,8 @@ class Arena:
             for page in store.pages:
                 start = page * self.layout.page_bytes
                 self.views.pages[start : start + self.layout.page_bytes] = _POISON
+        if self.codes is not None:
+            self.codes.release(store.codes)
         self._free.extend(reversed(store.pages))
         self._slots.append(store.slot)
 

@@ -10,6 +10,8 @@ class RequestStore:
     slot: its page table in the shared file. generation: of that table.
     pages: page numbers, in token order.
     tokens: host tokens written so far, counted from the end of the sink region.
+    sketched: whether all host tokens have codes on the GPU. codes: page numbers of these, in token order.
+    space: which space codes them (sketch/space.py).
     """
 
     request_id: str
@@ -18,6 +20,9 @@ class RequestStore:
     generation: int
     pages: list[int] = field(default_factory=list)
     tokens: int = 0
+    sketched: bool = False
+    codes: list[int] = field(default_factory=list)
+    space: int = 0
 
     def written(self, tokens: int) -> None:
         """Record that host tokens ``[0, tokens)`` are written. Tokens may be written again, never taken back."""

@@ -1,0 +1,109 @@
+"""The host tokens that a prefill chunk attends to, streamed to the GPU through two buffers, in the order of their use.
+
+Which pages are wanted, layer after layer, is known when a step begins. So a buffer is filled again as soon as it is
+free, also with what the next layer will read first, while the GPU is still at this one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vllm_retrieval_attn.store.layout import Layout
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.device.plan import PrefillRow
+
+STAGE_BYTES = 256 << 20
+"""Both buffers together: the fewer the pieces, the less is spent on merging them."""
+
+
+class Stage:
+    """The buffers, for the life of the process.
+
+    Args:
+        layout, dtype: of the arena. device: the GPU.
+
+    Attributes:
+        pages: of a buffer. table: (1, pages) int32 block table of a buffer.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self.pages = max(1, min(STAGE_BYTES // 2 // layout.page_layer_bytes, layout.pages))
+        shape = (2, self.pages, layout.kv_heads, layout.page_tokens, 2, layout.dim)
+        self.buffers = torch.empty(shape, dtype=dtype, device=device)
+        self.table = torch.arange(self.pages, dtype=torch.int32, device=device)[None]
+        self.stream = torch.cuda.Stream(device)
+        self.full = [torch.cuda.Event() for _ in range(2)]
+        self.free = [torch.cuda.Event() for _ in range(2)]
+
+
+class PrefillStream:
+    """One step's way through the buffers.
+
+    Args:
+        stage: the buffers. arena: (pages, layers, kv_heads, page_tokens, 2, dim) pinned. rows: of the step that have
+            host tokens, in the order in which every layer asks for them.
+    """
+
+    def __init__(self, stage: Stage, arena: torch.Tensor, rows: "list[PrefillRow]") -> None:
+        self._stage, self._arena = stage, arena
+        page_tokens = arena.shape[3]
+        pieces: list[tuple[list[int], int]] = []
+        self.counts: list[int] = []
+        for row in rows:
+            pages = row.store.pages[: -(-row.host_tokens // page_tokens)]
+            starts = range(0, len(pages), stage.pages)
+            for first in starts:
+                group = pages[first : first + stage.pages]
+                pieces.append((group, min(row.host_tokens - first * page_tokens, len(group) * page_tokens)))
+            self.counts.append(len(starts))
+        self._pieces = pieces
+        tokens = np.array([tokens for _, tokens in pieces], np.int32)
+        self._tokens = torch.from_numpy(tokens).pin_memory().to(stage.device, non_blocking=True)
+        lengths = np.stack([[0, row.last - row.first] for row in rows]).astype(np.int32)
+        self.starts = torch.from_numpy(lengths).pin_memory().to(stage.device, non_blocking=True)
+        self._all = len(pieces) * arena.shape[1]
+        self._next = self._taken = 0
+        ready = torch.cuda.Event()
+        ready.record()  # what earlier steps wrote to the arena has arrived, and their use of the buffers is over
+        stage.stream.wait_event(ready)
+        for _ in range(2):
+            self._fetch()
+
+    def _fetch(self) -> None:
+        if self._next == self._all:
+            return
+        stage, number = self._stage, self._next
+        layer, piece = divmod(number, len(self._pieces))
+        buffer = number % 2
+        with torch.cuda.stream(stage.stream):
+            if number >= 2:
+                stage.stream.wait_event(stage.free[buffer])
+            for place, page in enumerate(self._pieces[piece][0]):
+                stage.buffers[buffer, place].copy_(self._arena[page, layer], non_blocking=True)
+            stage.full[buffer].record()
+        self._next += 1
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The next piece, on the current stream: buffer (pages, kv_heads, page_tokens, 2, dim), and its tokens as a
+        tensor (1,) int32 and as a number."""
+        number = self._taken
+        torch.cuda.current_stream().wait_event(self._stage.full[number % 2])
+        piece = number % len(self._pieces)
+        return self._stage.buffers[number % 2], self._tokens[piece : piece + 1], self._pieces[piece][1]
+
+    def done(self) -> None:
+        """What was taken is in use by kernels already issued: fill its buffer again behind them."""
+        self._stage.free[self._taken % 2].record()
+        self._taken += 1
+        self._fetch()
+
+
+def stream_of(plan: Any, stage: Stage, arena: torch.Tensor) -> PrefillStream:
+    """The stream of a StepPlan, made by its first layer."""
+    if plan.stream is None:
+        plan.stream = PrefillStream(stage, arena, plan.prefill)
+    stream: PrefillStream = plan.stream
+    return stream

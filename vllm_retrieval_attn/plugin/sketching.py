@@ -1,0 +1,64 @@
+"""Taking the sketch's memory at model load."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_retrieval_attn.plugin.compat import resolved_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.retrieval")
+
+
+def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
+    """Take the memory and load the kernels of this process's sketch, once; nothing if the knobs want none.
+
+    Args:
+        layer: a retrieval layer's implementation, for its shapes.
+    """
+    from vllm_retrieval_attn.device.decode_step import MOST_TOKENS, Geometry
+    from vllm_retrieval_attn.device.sketch import Sketch, current_sketch, keep_sketch, pages_for
+
+    config = resolved_config(vllm_config)
+    if not config.sketches or current_sketch() is not None:
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    max_len = vllm_config.model_config.max_model_len
+    if max_len > MOST_TOKENS:
+        raise ValueError(
+            f"retrieval: max_model_len={max_len} is too long for codes on the GPU; set it to {MOST_TOKENS}"
+        )
+    free = torch.cuda.mem_get_info(device)[0]
+    limit = None if config.sketch_gb is None else config.sketch_gb * 1e9
+
+    def geometry(pages: int) -> Geometry:
+        return Geometry(
+            layers=config.layers,
+            kv_heads=layer.num_kv_heads,
+            group=layer.num_heads // layer.num_kv_heads,
+            dim=layer.head_size,
+            dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+            rows=vllm_config.scheduler_config.max_num_seqs,
+            entries=pages,
+            host_pages=config.host_pages,
+            sketch_pages=pages,
+            scale=layer.scale,
+            first_head=vllm_config.parallel_config.rank * layer.num_kv_heads,
+        )
+
+    try:
+        pages = pages_for(geometry(1), config.host_pages, limit, free)
+    except ValueError as error:  # a shape that the kernels are not written for
+        raise ValueError(f"retrieval: {error}; set sketch_gb to 0, so that the CPU searches alone") from None
+    sketch = Sketch(geometry(pages), device)
+    keep_sketch(sketch)
+    logger.info(
+        "retrieval: codes of %d host tokens take %.2f GB of the GPU, and %.2f GB beside; host memory holds %d tokens",
+        pages * config.page_tokens,
+        pages * sketch.geometry.sketch_page_bytes / 1e9,
+        sketch.bytes / 1e9,
+        config.host_tokens,
+    )
