@@ -135,7 +135,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     Returns:
         ``ttft_s`` until all requests have their first token; ``step_ms_p50``, ``step_ms_p90``, ``tokens_per_s`` of the
         decode steps after the first _SKIP; ``settled_s`` from the first token until steps take less than 1.5 times the
-        median; ``gpu_bytes``, ``host_bytes`` that the requests hold while they decode; ``rows_mean`` host rows read
+        median; ``gpu_bytes``, ``host_bytes`` that the requests hold at the last of them; ``rows_mean`` host rows read
         for a KV head; ``graph``: the share of the timed steps that replayed one graph, ``degraded``: that went to the
         CPU workers although there is a sketch; None without our backend.
     """
@@ -163,7 +163,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
             continue
         stamps.append(time.perf_counter() - begin)
         graphs.append(worker.graph_steps if worker is not None else 0)
-        held = {name: max(value, held[name]) for name, value in _held(engine, worker).items()}
+        held = _held(engine, worker)  # the first steps still hold blocks of the prompt that are in flight
     engine.drain()
     every = [b - a for a, b in itertools.pairwise(stamps)]
     steps = every[_SKIP:]

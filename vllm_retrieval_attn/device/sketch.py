@@ -52,7 +52,7 @@ class Sketch:
         self._buffers = Buffers(
             arena=0,
             sketch=torch.zeros(geometry.sketch_pages * geometry.sketch_page_bytes, dtype=torch.uint8, device=device),
-            mean=torch.zeros(2, layers, heads, dim, device=device),
+            mean=torch.zeros(2, layers, heads, dim, dtype=torch.float32, device=device),
             keys=turns.contiguous(),
             queries=turns.contiguous(),
             descriptor=torch.zeros(geometry.descriptor_numbers, dtype=torch.int64, device=device),

@@ -229,20 +229,22 @@ class RetrievalWorker:
         self.needs_pieces = False
         if self.sketch is None or not isinstance(message, StepMessage):
             return
+        wanted = 0
         for request_id, epoch in message.admitted.items():
             options = message.options.get(request_id) or self._options.get(request_id, self._default_options)
             store = self.arena.requests.get(request_id)
-            lost = store is not None and store.epoch == epoch and not store.sketched
-            if options.exact or lost or not self._pages_left(store, scheduler_output, request_id):
+            if store is not None and store.epoch != epoch:
+                store = None  # admitted anew: it begins with codes
+            tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0)
+            held = 0
+            if store is not None:
+                tokens, held = tokens + store.tokens, len(store.codes)
+            wanted += max(0, self.arena.layout.page_tokens_owned(tokens) - held)
+            if options.exact or (store is not None and not store.sketched):
                 self.needs_pieces = True
                 return
-
-    def _pages_left(self, store: "RequestStore | None", scheduler_output: Any, request_id: str) -> bool:
-        """Whether the tokens of this step surely find pages of codes."""
-        tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0) + (store.tokens if store is not None else 0)
-        held = len(store.codes) if store is not None else 0
-        more = self.arena.layout.page_tokens_owned(tokens) - held
-        return more <= self.sketch.codes.pages - self.sketch.codes.used - len(scheduler_output.num_scheduled_tokens)
+        codes = self.sketch.codes
+        self.needs_pieces = wanted > codes.pages - codes.used  # one of them is about to lose its codes
 
     def begin_graph(self, attn_metadata: dict[str, "RetrievalMetadata"]) -> None:
         """A graph is about to be replayed: resolve its batch, and send the descriptor that its kernels read."""

@@ -1,0 +1,74 @@
+"""Which decode steps may be replayed as one graph."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_retrieval_attn.core.options import SearchOptions
+from vllm_retrieval_attn.plugin.messages import StepMessage
+from vllm_retrieval_attn.plugin.worker import RetrievalWorker
+from vllm_retrieval_attn.store.code_pages import CodePages
+from vllm_retrieval_attn.store.requests import RequestStore
+
+PAGE = 1024
+
+
+def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
+    made = object.__new__(RetrievalWorker)
+    made._default_options, made._options = SearchOptions(), {}
+    made.sketch = SimpleNamespace(codes=codes) if codes is not None else None
+    layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
+    made.arena = SimpleNamespace(requests={store.request_id: store for store in stores}, layout=layout)
+    return made
+
+
+def store(name: str, tokens: int, codes: list[int], sketched: bool = True) -> RequestStore:
+    return RequestStore(name, 1, 0, 1, tokens=tokens, codes=codes, sketched=sketched)
+
+
+def needs_pieces(made: RetrievalWorker, message: StepMessage | None, **scheduled: int) -> bool:
+    made.needs_pieces = None
+    made.look_ahead(SimpleNamespace(kv_connector_metadata=message, num_scheduled_tokens=scheduled))
+    return made.needs_pieces
+
+
+def test_coded_requests_may_be_a_graph():
+    codes = CodePages(8)
+    held = []
+    codes.grow(held, 2)
+    made = worker(codes, store("a", 1500, held))
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}, resident={"b"}), a=1, b=1) is False
+    assert needs_pieces(made, StepMessage(resident={"b"}), b=1) is False
+    assert needs_pieces(made, None) is False
+
+
+def test_a_request_without_codes_or_with_exact_attention_may_not():
+    made = worker(CodePages(8), store("lost", 1500, [], sketched=False), store("a", 10, [0]))
+    assert needs_pieces(made, StepMessage(admitted={"lost": 1}), lost=1)
+    exact = {"a": SearchOptions(exact=True)}
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}, options=exact), a=1)
+    made._options = exact
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1)
+    made._options = {}
+    assert not needs_pieces(made, StepMessage(admitted={"a": 1}), a=1)
+    assert not needs_pieces(made, StepMessage(admitted={"lost": 2}), lost=1)  # admitted anew: it begins with codes
+
+
+def test_a_request_about_to_lose_its_codes_may_not():
+    codes = CodePages(3)
+    held, others = [], []
+    codes.grow(held, 2)
+    made = worker(codes, store("a", 2 * PAGE, held))
+    assert not needs_pieces(made, StepMessage(admitted={"a": 1}), a=1)  # its next page is the last one there is
+    codes.grow(others, 1)
+    made = worker(codes, store("a", 2 * PAGE, held), store("b", PAGE, others))
+    assert needs_pieces(made, StepMessage(admitted={"a": 1, "b": 1}), a=1, b=1)
+    made = worker(codes, store("a", 2 * PAGE - 1, held), store("b", PAGE - 1, others))
+    assert not needs_pieces(made, StepMessage(admitted={"a": 1, "b": 1}), a=1, b=1)
+
+
+def test_without_a_sketch_nothing_is_asked():
+    made = worker(None, store("a", 10, []))
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is False
