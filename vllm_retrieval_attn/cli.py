@@ -71,6 +71,9 @@ def bench(
     batches: Annotated[str, typer.Option(help="Equal requests at once, comma-separated.")] = "1",
     rows: Annotated[str, typer.Option(help="Host rows that a step reads for a KV head, comma-separated.")] = "512",
     tokens: Annotated[int, typer.Option(help="Output tokens.", min=12)] = 48,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Ways sketch and flat: noise for K and V, instead of computing the prompts.")
+    ] = False,
     options: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM; key retrieval: our knobs.")] = "{}",
     out: Annotated[Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False)] = None,
 ) -> None:
@@ -84,7 +87,7 @@ def bench(
     numbers = [[int(part) for part in text.split(",")] for text in (contexts, batches, rows)]
     loads = [Load(context, batch, tokens, limit) for context, batch, limit in itertools.product(*numbers)]
     found: list[dict[str, Any]] = []
-    for row in compare(shape, asked, loads, json.loads(options)):
+    for row in compare(shape, asked, loads, json.loads(options), fill):
         found.append(row)
         print(json.dumps(row), flush=True)
         if out is not None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.integration.scheduling import PAGE, SINK, Simulation, make_config
+from tests.integration.scheduling import BLOCK, PAGE, SINK, WINDOW, Simulation, Store, make_config
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,22 @@ def do(simulation, what, name, tokens, new):
         simulation.drain()
         if all(request in scheduler.running for request in scheduler.requests.values()):  # others hold blocks
             scheduler.reset_prefix_cache(reset_running_requests=True)
+
+
+def test_a_prompt_that_the_connector_brings_holds_sinks_and_window_alone(simulation):
+    simulation.connector.filled = True
+    simulation.stores["a"] = Store(1, list(range(100, 600)))
+    simulation.add("a", 501, 20)
+    simulation.step()
+    (held,) = simulation.scheduler.kv_cache_manager.coordinator.single_type_managers
+    blocks = held.req_to_blocks["a"]
+    used = [number for number, block in enumerate(blocks) if not block.is_null]
+    first = (500 - WINDOW) // BLOCK
+    assert used == [*range(SINK // BLOCK), *range(first, -(-501 // BLOCK))]
+    assert simulation.ledger.held["a"] == -(-(501 - SINK) // PAGE)
+    simulation.run()
+    assert len(simulation.tokens["a"]) == 20
+    assert simulation.nothing_left()
 
 
 @settings(max_examples=300, deadline=None)

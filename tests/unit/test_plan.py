@@ -22,6 +22,7 @@ class Arena:
     def __init__(self, codes=None, indexed=False):
         self.stores = {}
         self.codes = codes
+        self.filled = False
         self.layout = SimpleNamespace(indexed=indexed, page_tokens=PAGE)
 
     def open(self, request_id, epoch):
@@ -133,3 +134,13 @@ def test_what_the_sketch_can_not_answer_goes_to_the_workers(why):
         assert arena.codes.used == 0  # all or none
         with pytest.raises(RuntimeError, match="no codes"):
             plan(arena, 1, 2001, 1, options, graph=True)
+
+
+def test_tokens_of_a_filled_arena_count_as_written():
+    arena = Arena(CodePages(8))
+    arena.filled = True
+    found = plan(arena, 1, 400, 1, graph=True)
+    store = arena.open("r", 1)
+    assert store.tokens == 401 - SINK
+    assert len(store.pages) == len(store.codes) == 7
+    assert (found.sketch.rows[0].tokens, found.sketch.rows[0].write) == (368 - SINK, 400 - SINK)

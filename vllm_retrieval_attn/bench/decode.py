@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_retrieval_attn.bench.engine import InProcessEngine
+from vllm_retrieval_attn.bench.fill import fill
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -61,6 +62,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "full-fp8": ("FLASH_ATTN", {"kv_cache_dtype": "fp8"}),
 }
 """Ways to serve a context: backend, and arguments of ``vllm.LLM``."""
+FILLED = ("sketch", "flat")
+"""Ways that need nothing but K and V, and codes that bench/fill.py can make up."""
 _SKIP = 6
 """Decode steps left out of the figures: the first ones meet cold caches, and one batch follows a prefill."""
 _LEAST_TAU = 1e-9
@@ -203,12 +206,18 @@ def _held(engine: InProcessEngine, worker: Any) -> dict[str, int]:
 
 
 def compare(
-    shape: str, ways: Sequence[str], loads: Sequence[Load], options: dict[str, Any]
+    shape: str, ways: Sequence[str], loads: Sequence[Load], options: dict[str, Any], filled: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Rows of :func:`measure`, way after way, each in an engine of its own; a load that does not fit is left out."""
+    """Rows of :func:`measure`, way after way, each in an engine of its own.
+
+    Args:
+        filled: the sketch's prompts are not computed, see bench/fill.py.
+    """
     for way in ways:
         engine = start(shape, way, loads, options)
         try:
+            if filled and way in FILLED:
+                fill(engine)
             engine.run(
                 [_prompt(1024, SHAPES[shape]["vocab_size"])],
                 temperature=0,

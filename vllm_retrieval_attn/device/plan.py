@@ -114,6 +114,9 @@ def make_plan(
             continue
         store = arena.open(request_id, epoch)
         old, new = max(0, computed - sinks), max(0, computed + length - sinks)
+        if arena.filled and old > store.tokens:
+            arena.grow(store, old)
+            store.written(old)
         if old > store.tokens:  # the scheduler counts on KV that this admission never had: no answer from noise
             raise RuntimeError(f"retrieval: {request_id}: host tokens {store.tokens} to {old} were never written")
         if new > old:

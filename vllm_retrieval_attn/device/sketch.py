@@ -68,6 +68,11 @@ class Sketch:
         self._sent: list[_Sent] = []
 
     @property
+    def pool(self) -> torch.Tensor:
+        """All codes: blocks of Geometry.block_bytes, as DecodeKernels' buffer ``sketch``."""
+        return self._buffers.sketch
+
+    @property
     def bytes(self) -> int:
         """Bytes of the GPU that this holds beside the codes."""
         parts = (self._buffers.mean, self._buffers.keys, self._buffers.queries, self._buffers.descriptor)

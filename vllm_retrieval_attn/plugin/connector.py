@@ -57,6 +57,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._cached: dict[str, int] = {}
         self._read: dict[str, tuple[int, int]] = {}
         self._sketched: set[str] = set()
+        self.filled = False
+        """Whether prompts of requests that may need the host count as computed (bench/fill.py)."""
         if role == KVConnectorRole.WORKER:
             self._worker = RetrievalWorker(vllm_config, config, kv_cache_config)
 
@@ -90,6 +92,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self.line.arrived(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        if self.filled and self._ledger.needs_host(request.request_id):
+            return max(0, request.num_tokens - 1 - num_computed_tokens), False
         return 0, False
 
     def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:

@@ -9,6 +9,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from vllm_retrieval_attn.core.ledger import HostLedger
+from vllm_retrieval_attn.core.ownership import cdiv
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 
 
@@ -47,6 +48,9 @@ class RetrievalManager(SingleTypeKVCacheManager):
                 self._admitting[request_id] = num_tokens
             if not self.ledger.fits(request_id, num_tokens):
                 return self.block_pool.num_gpu_blocks + 1  # more than there are: not now
+        if total_computed_tokens > num_local_computed_tokens and request_id not in self.num_cached_block:
+            sinks, first, last = self._kept(total_computed_tokens, num_tokens)
+            return sinks + last - first
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -58,6 +62,28 @@ class RetrievalManager(SingleTypeKVCacheManager):
             *args,
             **kwargs,
         )
+
+    def _kept(self, computed: int, tokens: int) -> tuple[int, int, int]:
+        """Sink blocks, and first and last (exclusive) window block, of a request with ``computed`` of ``tokens``."""
+        last = cdiv(tokens, self.block_size)
+        sinks = min(self._sink_blocks, last)
+        return sinks, min(max(sinks, self._split.window_start(computed) // self.block_size), last), last
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Blocks for the sinks and the window of tokens that the connector brings; what lies between is on the host."""
+        total = num_local_computed_tokens + num_external_computed_tokens
+        sinks, first, last = self._kept(total, total)
+        blocks = self.block_pool.get_new_blocks(sinks + last - first)
+        held = self.req_to_blocks[request_id]
+        held.extend([*blocks[:sinks], *[self._null_block] * (first - sinks), *blocks[sinks:]])
+        if self._record_new_block_ids and record_for_zeroing:
+            self.new_block_ids.extend(block.block_id for block in blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         if self.ledger is not None:

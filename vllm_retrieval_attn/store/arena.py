@@ -39,6 +39,7 @@ class Arena:
         queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
         space: which space codes the tokens of requests that are opened from now on.
         codes: pages of the sketch on the GPU; None where there is no sketch.
+        filled: every page holds synthetic K and V that requests may count on (bench/fill.py).
     """
 
     def __init__(self, layout: Layout, dtype: torch.dtype, rank: int, poison: bool = False) -> None:
@@ -59,6 +60,7 @@ class Arena:
         self._generation = 0
         self.space = 0
         self.codes: CodePages | None = None
+        self.filled = False
         self.requests: dict[str, RequestStore] = {}
         self.before_release: Callable[[RequestStore], None] | None = None
 

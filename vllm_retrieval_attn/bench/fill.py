@@ -1,0 +1,37 @@
+"""Synthetic K and V for requests of any length, so that decode steps can be timed without computing their prompts.
+
+Every page of the arena and of the sketch gets noise once. A request's prompt, but for its last token, then counts as
+brought by the connector, and lies wherever its pages do.
+"""
+
+from typing import Any
+
+import torch
+
+from vllm_retrieval_attn.bench.engine import InProcessEngine
+
+_STEP = 0.3
+"""Of the codes: their coordinates then have a deviation of about 1.4."""
+
+
+def fill(engine: InProcessEngine) -> None:
+    """Fill the arena, and the sketch if there is one, and let requests count on it."""
+    worker: Any = engine.worker()
+    torch.manual_seed(0)
+    pages = worker.arena.pages
+    noise = torch.randn(pages.shape[1:]).to(pages.dtype)
+    for page in pages:
+        page.copy_(noise)
+    if worker.sketch is not None:
+        _fill_codes(worker.sketch)
+    worker.arena.filled = True
+    engine.scheduler.connector.filled = True
+
+
+def _fill_codes(sketch: Any) -> None:
+    geometry = sketch.geometry
+    blocks = sketch.pool.view(-1, geometry.block_bytes)
+    codes = geometry.block_bytes - 2 * 1024
+    for part in blocks.split(1024):
+        part[:, :codes].random_(0, 256)
+    blocks[:, codes:].view(torch.float16).fill_(_STEP)
