@@ -161,8 +161,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Microseconds a layer, of each kernel, of all, and of all where no row has host tokens."""
+def options() -> argparse.ArgumentParser:
+    """What this command takes; for that of cli_bench.py, too."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=131_072, help="host tokens of each row")
     parser.add_argument("--rows-batch", type=int, default=1, help="rows of the batch")
@@ -176,7 +176,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Microseconds a layer, of each kernel, of all, and of all where no row has host tokens."""
+    args = options().parse_args()
     row = measure(args)
     print(json.dumps(row) if args.json else "\n".join(f"{key}: {value}" for key, value in row.items()), flush=True)
 

@@ -1,0 +1,71 @@
+"""Pictures of decode steps: a sweep over contexts (RetrievalAttention, figure 1), and the parts of one layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PARTS = ("write", "score", "weigh", "gather", "merge")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of a step, and bytes on the GPU, over the context; a line for each way, batch and limit of rows."""
+    pyplot = _pyplot()
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        asked = f", {row['rows']:,} rows" if row["way"] in ("sketch", "faiss") else ""
+        lines.setdefault(f"{row['way']}, batch {row['batch']}{asked}", []).append(row)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    names = {"step_ms_p50": "decode step, ms (median)", "gpu_bytes": "GPU memory of the requests, GB"}
+    for axis, (key, label) in zip(axes, names.items(), strict=True):
+        for name, members in lines.items():
+            ordered = sorted(members, key=lambda row: row["context"])
+            scale = 1e9 if key == "gpu_bytes" else 1
+            axis.plot(
+                [row["context"] for row in ordered], [row[key] / scale for row in ordered], marker="o", label=name
+            )
+        axis.set_xscale("log", base=2)
+        contexts = sorted({row["context"] for row in rows})
+        axis.set_xticks(contexts, [f"{n // 1024}K" if n >= 1024 else str(n) for n in contexts])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{rows[0]['shape']}, {rows[0]['device']}")
+    _save(pyplot, figure, path)
+
+
+def plot_timeline(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One bar for each row of bench/kernels.py: what the parts of a layer take, one after the other."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.8 * len(rows)))
+    for number, row in enumerate(rows):
+        start = 0.0
+        for part, name in enumerate(PARTS):
+            width = row[f"{name}_us"]
+            axis.barh(number, width, left=start, color=f"C{part}", label=name if number == 0 else None)
+            axis.text(start + width / 2, number, f"{width:.0f}", ha="center", va="center", fontsize=8)
+            start += width
+        axis.text(start, number, f"  layer {row['layer_us']:.0f} us", va="center", fontsize=9)
+    labels = [f"{row['tokens'] // 1024}K, batch {row['rows_batch']}, {row['rows']} rows" for row in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.invert_yaxis()
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.15)
+    axis.set_xlabel("microseconds of one layer")
+    axis.legend(ncols=len(PARTS), loc="lower right", bbox_to_anchor=(1, 1))
+    _save(pyplot, figure, path)
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
