@@ -123,8 +123,8 @@ __device__ __forceinline__ bool find(const State& s, int rows, i64 index, bool f
     bool fresh = first;
     if (first || index >= item.from + item.row.entries) {
         fresh = true;
-        int at = -1;
-        for (int base = 0; base < rows; base += blockDim.x) {
+        int at = rows == 1 ? 0 : -1;
+        for (int base = 0; base < rows && rows > 1; base += blockDim.x) {
             const int r = base + threadIdx.x;
             const bool before = r < rows && s.descriptor[HEADER + (i64)r * FIELDS + ROW_FIRST] * s.heads <= index;
             at += __syncthreads_count(before);
@@ -157,6 +157,21 @@ __device__ __forceinline__ u8* sketch_block(const State& s, i64 page, i64 layer,
 
 __device__ __forceinline__ u16* arena_row(const State& s, i64 page, i64 layer, int head, int token) {
     return s.arena + (((page * s.layers + layer) * s.heads + head) * PAGE + token) * (2 * DIM);
+}
+
+// Programmatic dependent launch: a kernel may begin while the one before it in the layer still runs, and then waits for
+// its end before it touches what that one writes. Every block must wait, also one without work, so that the end of a
+// kernel means the end of all before it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // exp(x) for x <= 0 to 3e-6, in operations that round the same everywhere: 2^f by a polynomial, 2^k by the exponent.

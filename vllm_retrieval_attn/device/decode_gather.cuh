@@ -1,12 +1,14 @@
-// Choosing rows and attending to them where they lie, in host memory. A block takes a page of one (row, KV head): draws
-// the rows of its eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's partial.
+// Choosing rows and attending to them where they lie, in host memory. A block takes pages of one (row, KV head): draws
+// the rows of a page's eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's
+// partial. While rows are under way, the block draws those of its next page.
 #pragma once
 #include "decode_weigh.cuh"
 
 constexpr int GATHER_THREADS = WEIGH_THREADS;
-constexpr int BATCH = DIM <= 128 ? 64 : 32;         // rows in flight a block: about 33 KB
+constexpr int BATCH = DIM <= 96 ? 32 : DIM == 128 ? 28 : 12;  // rows of each of two buffers, of at most 15 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
+constexpr int GATHER_BLOCKS = GROUP * DIM <= 512 ? 4 : 2;  // of a multiprocessor
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
 
@@ -109,21 +111,23 @@ __device__ __forceinline__ void choose(
 }
 
 struct Attention {
-    u16 rows[BATCH][STRIDE];
+    u16 rows[2][BATCH][STRIDE];
     u16 queries[GROUP][DIM + 8];
     float raised[GROUP][BATCH];
     float top[GROUP], total[GROUP], factor[GROUP];
 };
 
-// Start copying `count` rows into shared memory, past L1: the host may have written them since.
-__device__ __forceinline__ void fetch(const u16* page, const u16* tokens, int count, Attention& a) {
+// Start copying rows from `done` on, one batch, into a buffer; past L1, since the host may have written them. One group.
+__device__ __forceinline__ void fetch(const u16* page, const Chosen& chosen, int done, u16 (*rows)[STRIDE]) {
+    const int count = min(chosen.count - done, BATCH);
+    const u16* tokens = chosen.tokens + done;
     constexpr int CHUNKS = 2 * DIM / 8;
     for (int i = threadIdx.x; i < count * CHUNKS; i += GATHER_THREADS) {
         const u16* from = page + (i64)tokens[i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8;
-        const u32 to = (u32)__cvta_generic_to_shared(&a.rows[i / CHUNKS][i % CHUNKS * 8]);
+        const u32 to = (u32)__cvta_generic_to_shared(&rows[i / CHUNKS][i % CHUNKS * 8]);
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elements, 16-byte aligned
@@ -139,14 +143,16 @@ __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elem
 }
 
 // Scores less log pi of `count` rows and all query heads, PARTS threads each.
-__device__ __forceinline__ void score_rows(Attention& a, const float* log_pi, int count, float scale) {
+__device__ __forceinline__ void score_rows(
+    Attention& a, const u16 (*rows)[STRIDE], const float* log_pi, int count, float scale
+) {
     const int part = threadIdx.x % PARTS;
     for (int base = 0; base < count * GROUP; base += GATHER_THREADS / PARTS) {
         const int pair = base + threadIdx.x / PARTS, row = pair / GROUP, g = pair % GROUP;
         float sum = 0;
         if (row < count)
 #pragma unroll
-            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, a.rows[row] + c);
+            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, rows[row] + c);
         for (int o = 1; o < PARTS; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
         if (part == 0 && row < count) a.raised[g][row] = sum * scale - log_pi[row];
     }
@@ -175,7 +181,9 @@ __device__ __forceinline__ void raise_rows(Attention& a, int count) {
     }
 }
 
-__device__ __forceinline__ void add_values(const Attention& a, int count, float2 (&sums)[PAIRS_A_THREAD]) {
+__device__ __forceinline__ void add_values(
+    const Attention& a, const u16 (*rows)[STRIDE], int count, float2 (&sums)[PAIRS_A_THREAD]
+) {
 #pragma unroll
     for (int i = 0; i < PAIRS_A_THREAD; i++) {
         const int pair = threadIdx.x + i * GATHER_THREADS, g = pair / (DIM / 2), column = pair % (DIM / 2) * 2;
@@ -183,7 +191,7 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
         float2 sum = make_float2(sums[i].x * a.factor[g], sums[i].y * a.factor[g]);
 #pragma unroll 4
         for (int row = 0; row < count; row++) {
-            const u32 v = *(const u32*)(a.rows[row] + DIM + column);
+            const u32 v = *(const u32*)(rows[row] + DIM + column);
             const float e = a.raised[g][row];
             sum.x += e * of_element((u16)v);
             sum.y += e * of_element((u16)(v >> 16));
@@ -192,46 +200,67 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
     }
 }
 
-// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head.
-__device__ __forceinline__ void attend(const State& s, const Item& item, const u16* page, const Chosen& chosen, Attention& a) {
+// A page whose first batch is under way into buffer `slot`.
+struct Pending { i64 index; const u16* page; int slot; bool any; };
+
+// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. alone: nothing is under
+// way into the other buffer, so that batches may take turns; else there must be one batch only.
+__device__ __forceinline__ void attend(const State& s, const Pending& p, bool alone, const Chosen& chosen, Attention& a) {
+    if (chosen.count == 0) return;
     float2 sums[PAIRS_A_THREAD] = {};
     if (threadIdx.x < GROUP) a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
+    int slot = p.slot;
     for (int done = 0; done < chosen.count; done += BATCH) {
-        const int count = min(chosen.count - done, BATCH);
-        fetch(page, chosen.tokens + done, count, a);
+        if (alone) {
+            if (done + BATCH < chosen.count)
+                fetch(p.page, chosen, done + BATCH, a.rows[slot ^ 1]);
+            else
+                asm volatile("cp.async.commit_group;" ::: "memory");
+        }
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncthreads();
-        score_rows(a, chosen.log_pi + done, count, (float)s.scale);
+        const int count = min(chosen.count - done, BATCH);
+        score_rows(a, a.rows[slot], chosen.log_pi + done, count, (float)s.scale);
         __syncthreads();
         raise_rows(a, count);
         __syncthreads();
-        add_values(a, count, sums);
+        add_values(a, a.rows[slot], count, sums);
         __syncthreads();
+        slot ^= 1;
     }
-    float2* out = (float2*)(s.sums + item.index * (GROUP * DIM));
+    float2* out = (float2*)(s.sums + p.index * (GROUP * DIM));
 #pragma unroll
     for (int i = 0; i < PAIRS_A_THREAD; i++)
         if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
     if (threadIdx.x < GROUP)
-        s.stats[item.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+        s.stats[p.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
 }
 
 // query (rows, heads, DIM): strides in elements.
 struct Queries { i64 layer; const u16* query; i64 row, head; };
 
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(const State s, const Queries q) {
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(const State s, const Queries q) {
     __shared__ __align__(16) Attention a;
-    __shared__ Chosen chosen;
+    __shared__ Chosen chosen[2];
     __shared__ float2 shares[GROUP];
     const int rows = rows_of(s);
     Item item;
+    Pending pending = {};
     i64 begin, end;
     u64 seed = 0;
     float tau = 0;
     range_of(s, begin, end);
+    let_next_start();
+    wait_for_previous();
     for (i64 index = begin; index < end; index++) {
         const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
         if (item.page >= pages_of(item.row)) continue;
         const i64 unit = item.row.number * s.heads + item.head;
+        if (pending.any && (fresh || chosen[pending.slot].count > BATCH)) {
+            attend(s, pending, true, chosen[pending.slot], a);
+            pending.any = false;
+            __syncthreads();
+        }
         if (fresh) {
             for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
                 a.queries[i / DIM][i % DIM] =
@@ -242,10 +271,13 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(const S
             if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
             __syncthreads();
         }
-        choose(s, item, shares, tau, seed, chosen);
-        if (chosen.count) attend(s, item, arena_row(s, item.host_page, q.layer, item.head, 0), chosen, a);
-        __syncthreads();
+        const Pending next = {index, arena_row(s, item.host_page, q.layer, item.head, 0), pending.slot ^ 1, true};
+        choose(s, item, shares, tau, seed, chosen[next.slot]);
+        fetch(next.page, chosen[next.slot], 0, a.rows[next.slot]);
+        if (pending.any) attend(s, pending, false, chosen[pending.slot], a);
+        pending = next;
     }
+    if (pending.any) attend(s, pending, true, chosen[pending.slot], a);
 }
 
 // What gather_rows chose, as lists: ids (rows, KV heads, capacity) int32 ascending, log_pi float32, counts (rows, KV

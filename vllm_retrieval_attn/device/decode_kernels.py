@@ -20,6 +20,9 @@ _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
     "merge_parts": 256, "list_rows": 256,
 }  # fmt: skip
+_CHAINED = ("score_keys", "gather_rows", "merge_parts")
+"""Kernels that follow another one of a layer on the same stream: they may begin before it ends (decode_common.cuh).
+What follows FlashAttention, or a join of streams, waits as usual."""
 _BIN_WORDS = 257
 
 
@@ -183,6 +186,7 @@ class DecodeKernels:
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], _THREADS[name], 0)
             )
             self._grids[name] = min(max(blocks, 1) * every, geometry.items)
+        self._configs = {name: self._config(name, properties.major >= 9) for name in _THREADS}
         g, b = geometry, buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
         addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *work)
@@ -216,6 +220,18 @@ class DecodeKernels:
         for function in self._functions.values():  # lazy loading takes the context's lock until the GPU drains
             self._called(driver.cuFuncLoad(function))
 
+    def _config(self, name: str, chains: bool) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._grids[name], 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS[name], 1, 1
+        if chains and name in _CHAINED:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
+
     @staticmethod
     def _called(result: Any) -> Any:
         return _called("a CUDA call of the decode kernels", result)
@@ -223,9 +239,9 @@ class DecodeKernels:
     def _launch(self, name: str, *more: np.ndarray[Any, Any]) -> None:
         arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
         stream = torch.cuda.current_stream().cuda_stream
-        grid, block = (self._grids[name], 1, 1), (_THREADS[name], 1, 1)
-        function, address = self._functions[name], arguments.ctypes.data
-        self._called(self._driver.cuLaunchKernel(function, *grid, *block, 0, stream, address, 0))
+        config = self._configs[name]
+        config.hStream = stream
+        self._called(self._driver.cuLaunchKernelEx(config, self._functions[name], arguments.ctypes.data, 0))
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
         """K and V of the rows' new tokens to their host pages, their codes to the sketch, the queries as integers.

@@ -9,10 +9,10 @@
 constexpr int SCORE_THREADS = 256;
 constexpr int WORDS = KEY_BYTES / 16;        // 32-bit words of a key that a thread holds
 constexpr int WIDE = WORDS < 4 ? WORDS : 4;  // of them in one load
-constexpr int STAGE = 16 / WORDS;            // blocks of 16 keys loaded at once: 32 registers in flight
-#ifndef SCORE_BLOCKS  // of a multiprocessor: as many as registers allow without spilling much
-#define SCORE_BLOCKS (FRAGMENTS == 1 ? (PADDED <= 128 ? 3 : 2) : FRAGMENTS == 3 && PADDED == 256 ? 1 : 2)
-#endif
+// Blocks of 16 keys loaded at once, while those before are multiplied: 32 registers, fewer where queries take many.
+constexpr int STAGE = (PADDED == 256 ? 2 : 4) / (FRAGMENTS == 1 ? 1 : 2), STAGES = 8 / STAGE;
+static_assert(STAGES % 2 == 0, "two buffers by turns, the first of the next page after the last");
+constexpr int SCORE_BLOCKS = FRAGMENTS == 3 || (FRAGMENTS == 2 && PADDED == 256) ? 1 : 2;  // of a multiprocessor
 
 // Byte of a key where word i of thread t lies.
 __device__ __forceinline__ int byte_of(int t, int i) { return i / WIDE * (16 * WIDE) + t * (4 * WIDE) + i % WIDE * 4; }
@@ -42,13 +42,30 @@ __device__ __forceinline__ float score_of(int first, int second, const Asked& as
     return __fadd_rn(__fmul_rn(__fmul_rn((float)whole, asked.unit), step), asked.bias);
 }
 
-// Scores of a tile, of which `inside` keys exist, against the tile's maximum, as float16; its maximum, and its sum of
-// exponentials in units of 2^-24, an integer so that order does not matter.
-__device__ __forceinline__ void score_tile(
-    const u8* codes, const u16* steps, const signed char* digits, const Asked* asked, int inside, u16* scores, float* tops,
-    u32* sums
-) {
+struct Stage { u32 x[STAGE][WORDS], y[STAGE][WORDS]; };
+
+// Codes of one stage of a tile.
+__device__ __forceinline__ void load_stage(const u8* codes, int stage, Stage& out) {
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int m = 0; m < STAGE; m++) {
+        const u8* key = codes + (16 * r + 2 * (stage * STAGE + m)) * KEY_BYTES;
+        load_key(key, t, out.x[m]);
+        load_key(key + KEY_BYTES, t, out.y[m]);
+    }
+}
+
+// A tile to be scored by a warp: its codes and steps, how many of its keys exist, and which item it is of.
+struct Tile { const u8* codes; const u16* steps; int inside; i64 index, unit; };
+
+// Scores of a tile whose first stage is in buffers[0], against the tile's maximum, as float16; its maximum, and its sum of
+// exponentials in units of 2^-24, an integer so that order does not matter. Starts loading the next tile.
+__device__ __forceinline__ void score_tile(
+    const State& s, const Tile& tile, const Tile& next, Stage (&buffers)[2], float* tops, u32* sums
+) {
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, inside = tile.inside;
+    const signed char* digits = s.digits + tile.unit * (FRAGMENTS * COLUMNS * PADDED);
+    u16* scores = s.scores + (tile.index * TILES + threadIdx.x / 32) * (GROUP * TILE);
     u32 low[FRAGMENTS][WORDS], high[FRAGMENTS][WORDS];
 #pragma unroll
     for (int n = 0; n < FRAGMENTS; n++)
@@ -58,24 +75,22 @@ __device__ __forceinline__ void score_tile(
             low[n][i] = *(const u32*)column;
             high[n][i] = *(const u32*)(column + KEY_BYTES);
         }
-    const uint4 even = *(const uint4*)(steps + 16 * r), odd = *(const uint4*)(steps + 16 * r + 8);
+    const uint4 even = *(const uint4*)(tile.steps + 16 * r), odd = *(const uint4*)(tile.steps + 16 * r + 8);
     const u32 pairs[8] = {even.x, even.y, even.z, even.w, odd.x, odd.y, odd.z, odd.w};
     Asked mine[FRAGMENTS];
 #pragma unroll
-    for (int n = 0; n < FRAGMENTS; n++) mine[n] = asked[n * 4 + t < GROUP ? n * 4 + t : 0];
+    for (int n = 0; n < FRAGMENTS; n++) mine[n] = s.asked[tile.unit * GROUP + (n * 4 + t < GROUP ? n * 4 + t : 0)];
     float found[FRAGMENTS][16];
 #pragma unroll
-    for (int stage = 0; stage < 8; stage += STAGE) {
-        u32 x[STAGE][WORDS], y[STAGE][WORDS];
+    for (int stage = 0; stage < STAGES; stage++) {
+        if (stage + 1 < STAGES)
+            load_stage(tile.codes, stage + 1, buffers[(stage + 1) % 2]);
+        else if (next.inside > 0)
+            load_stage(next.codes, 0, buffers[0]);
+        const Stage& now = buffers[stage % 2];
 #pragma unroll
         for (int m = 0; m < STAGE; m++) {
-            const u8* key = codes + (16 * r + 2 * (stage + m)) * KEY_BYTES;
-            load_key(key, t, x[m]);
-            load_key(key + KEY_BYTES, t, y[m]);
-        }
-#pragma unroll
-        for (int m = 0; m < STAGE; m++) {
-            const u32 pair = pairs[stage + m];
+            const u32 pair = pairs[stage * STAGE + m];
             const float step_x = of_half((u16)pair), step_y = of_half((u16)(pair >> 16));
 #pragma unroll
             for (int n = 0; n < FRAGMENTS; n++) {
@@ -83,9 +98,11 @@ __device__ __forceinline__ void score_tile(
                 constexpr u32 M = 0x0f0f0f0f;
 #pragma unroll
                 for (int i = 0; i < WORDS; i++)
-                    multiply(c, x[m][i] & M, y[m][i] & M, x[m][i] >> 4 & M, y[m][i] >> 4 & M, low[n][i], high[n][i]);
-                found[n][2 * (stage + m)] = score_of(c[0], c[1], mine[n], step_x);
-                found[n][2 * (stage + m) + 1] = score_of(c[2], c[3], mine[n], step_y);
+                    multiply(
+                        c, now.x[m][i] & M, now.y[m][i] & M, now.x[m][i] >> 4 & M, now.y[m][i] >> 4 & M, low[n][i],
+                        high[n][i]);
+                found[n][2 * (stage * STAGE + m)] = score_of(c[0], c[1], mine[n], step_x);
+                found[n][2 * (stage * STAGE + m) + 1] = score_of(c[2], c[3], mine[n], step_y);
             }
         }
     }
@@ -131,31 +148,47 @@ __device__ __forceinline__ void record_page(const float (*tops)[GROUP], const u3
     records[g] = make_float2(top, sum);
 }
 
+// This warp's tile of the first item at or after `index` that has keys to be scored; by the whole block. After the last
+// item: no keys, index = end.
+__device__ __forceinline__ Tile next_tile(const State& s, int rows, i64 layer, i64 begin, i64 index, i64 end, Item& item) {
+    const int warp = threadIdx.x >> 5;
+    for (; index < end; index++) {
+        find(s, rows, index, index == begin, item);
+        if (reads_all(item.row) || item.page >= pages_of(item.row)) continue;
+        const u8* block = sketch_block(s, item.keys ? item.sketch_page : 0, layer, item.head);
+        return Tile{
+            block + warp * TILE * KEY_BYTES, (const u16*)(block + PAGE * KEY_BYTES) + warp * TILE,
+            min(item.keys - warp * TILE, TILE), index, item.row.number * s.heads + item.head};
+    }
+    return Tile{nullptr, nullptr, 0, end, 0};
+}
+
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, SCORE_BLOCKS) score_keys(const State s, const i64 layer) {
-    __shared__ float tops[TILES][GROUP];
-    __shared__ u32 sums[TILES][GROUP];
+    __shared__ float tops[2][TILES][GROUP];  // of pages by turns: one barrier a page is enough
+    __shared__ u32 sums[2][TILES][GROUP];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, rows = rows_of(s);
     Item item;
     i64 begin, end;
     range_of(s, begin, end);
-    for (i64 index = begin; index < end; index++) {
-        find(s, rows, index, index == begin, item);
-        if (reads_all(item.row) || item.page >= pages_of(item.row)) continue;
-        const i64 unit = item.row.number * s.heads + item.head;
-        const int inside = min(item.keys - warp * TILE, TILE);
-        if (inside > 0) {
-            const u8* block = sketch_block(s, item.sketch_page, layer, item.head);
-            score_tile(
-                block + warp * TILE * KEY_BYTES, (const u16*)(block + PAGE * KEY_BYTES) + warp * TILE,
-                s.digits + unit * (FRAGMENTS * COLUMNS * PADDED), s.asked + unit * GROUP, inside,
-                s.scores + (index * TILES + warp) * (GROUP * TILE), tops[warp], sums[warp]);
-        } else if (lane < GROUP) {
-            tops[warp][lane] = MINUS_INF, sums[warp][lane] = 0;
+    Stage buffers[2];
+    Tile tile = next_tile(s, rows, layer, begin, begin, end, item);
+    let_next_start();
+    wait_for_previous();
+    int turn = 0;
+    if (tile.inside > 0) load_stage(tile.codes, 0, buffers[0]);
+    while (tile.index < end) {
+        const Tile next = next_tile(s, rows, layer, begin, tile.index + 1, end, item);
+        if (tile.inside > 0) {
+            score_tile(s, tile, next, buffers, tops[turn][warp], sums[turn][warp]);
+        } else {
+            if (next.inside > 0) load_stage(next.codes, 0, buffers[0]);
+            if (lane < GROUP) tops[turn][warp][lane] = MINUS_INF, sums[turn][warp][lane] = 0;
         }
         __syncwarp();
-        if (lane < GROUP) s.tops[(index * TILES + warp) * GROUP + lane] = tops[warp][lane];
+        if (lane < GROUP) s.tops[(tile.index * TILES + warp) * GROUP + lane] = tops[turn][warp][lane];
         __syncthreads();
-        record_page(tops, sums, s.records + index * GROUP);
-        __syncthreads();
+        record_page(tops[turn], sums[turn], s.records + tile.index * GROUP);
+        tile = next;
+        turn ^= 1;
     }
 }
