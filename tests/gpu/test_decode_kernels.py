@@ -20,12 +20,12 @@ _LAYER = 1
 class Machine:
     """Kernels over random memory: 2 layers, 2 KV heads, batches of at most 4 rows."""
 
-    def __init__(self, dim, group, dtype="bfloat16", seed=0, rows=4, entries=12):
+    def __init__(self, dim, group, dtype="bfloat16", seed=0, rows=4, entries=12, pages=13):
         from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch, scratch_bytes
 
         self.geometry = Geometry(
-            layers=2, kv_heads=2, group=group, dim=dim, dtype=dtype, rows=rows, entries=entries, host_pages=entries + 1,
-            sketch_pages=entries + 2, scale=dim**-0.5, first_head=6,
+            layers=2, kv_heads=2, group=group, dim=dim, dtype=dtype, rows=rows, entries=entries, host_pages=pages,
+            sketch_pages=pages + 1, scale=dim**-0.5, first_head=6,
         )  # fmt: skip
         g = self.geometry
         torch.manual_seed(seed)
@@ -231,6 +231,24 @@ def check_written(machine, rows, inputs, arena, sketch):
                 sketch[page, _LAYER, head, changed] = block[changed]
     assert torch.equal(after, sketch)
     assert torch.equal(machine.arena, arena)
+
+
+def test_a_long_row_equals_its_twin():
+    machine = Machine(64, 2, entries=304)
+    try:
+        pages = [page % 13 for page in range(300)]
+        first = StepRow(0, -1, 1, 1, 1e-3, 3, 1, range(13), range(13))
+        machine.fill_sketch([first])
+        row = StepRow(299 * PAGE + 5, -1, 400_000, 700, 1e-4, 3, 1, pages, pages)
+        rows, inputs = [replace(first, host_pages=(), sketch_pages=()), row], machine.inputs()
+        before = inputs[3].clone()
+        machine.run(rows, inputs)
+        for head in (0, 1):
+            want = expected(machine, rows, 1, head, (*inputs[:3], before, inputs[4]), inputs[4])[2]
+            got = inputs[3][1, 2 * head : 2 * head + 2].float().cpu().numpy()
+            np.testing.assert_allclose(got, want, atol=2e-2, rtol=2e-2)
+    finally:
+        machine.close()
 
 
 def test_codes_of_many_tokens_are_those_of_the_twin():

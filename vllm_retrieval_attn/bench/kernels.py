@@ -75,7 +75,7 @@ class Decode:
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
         buffers = Buffers(self.arena.tensor.data_ptr(), sketch, mean, turns, turns, self.descriptor)
-        self.kernels = DecodeKernels(g, buffers, self.work)
+        self.kernels = DecodeKernels(g, buffers, self.work, joins=args.joins)
         for page in range(pages):
             self._fill(page, pages, turn, dtype)
         heads = g.kv_heads * g.group
@@ -163,9 +163,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     idle = decode.microseconds(whole)
     decode.arena.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
-    keys = ("tokens", "rows_batch", "captured", "heads", "group", "dim", "dtype", "rows", "tau", "layers", "huge")
+    given = "tokens rows_batch captured heads group dim dtype rows tau layers huge joins".split()
     return {
-        **{key: getattr(args, key) for key in keys}, **parts, "layer_us": round(costs[-1], 2),
+        **{key: getattr(args, key) for key in given},
+        **parts, "layer_us": round(costs[-1], 2),
         "idle_layer_us": round(idle, 2), "rows_read_a_head": round(read, 1),
         "scratch_mib": round(decode.work.bytes / 2**20, 1), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
     parser.add_argument("--huge", action="store_true", help="back the arena by huge pages")
+    parser.add_argument("--joins", action="store_true", help="as if FlashAttention ran on another stream")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     args = parser.parse_args()
     row = measure(args)

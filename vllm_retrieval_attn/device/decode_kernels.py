@@ -20,9 +20,9 @@ _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
     "merge_parts": 256, "list_rows": 256,
 }  # fmt: skip
-_CHAINED = ("score_keys", "gather_rows", "merge_parts")
+_CHAINED = ("score_keys", "weigh_keys", "gather_rows", "merge_parts")
 """Kernels that follow another one of a layer on the same stream: they may begin before it ends (decode_common.cuh).
-What follows FlashAttention, or a join of streams, waits as usual."""
+What follows FlashAttention, or a join of streams, waits as usual: ``weigh`` where ``joins`` says so."""
 _BIN_WORDS = 257
 
 
@@ -122,7 +122,7 @@ def _called(what: str, result: Any) -> Any:
 
 
 @cache
-def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
+def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
     """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
 
     Raises:
@@ -146,7 +146,7 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[
         raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
     options = [
         f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
-        f"-DBFLOAT16={int(dtype == 'bfloat16')}", *defines,
+        f"-DBFLOAT16={int(dtype == 'bfloat16')}",
     ]  # fmt: skip
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:
@@ -166,13 +166,14 @@ class DecodeKernels:
     part must be there before ``weigh``. Rows beyond the descriptor's, and rows without host tokens, are left alone.
     """
 
-    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: tuple[str, ...] = ()) -> None:
+    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, joins: bool = True) -> None:
+        """``joins``: FlashAttention's part may come from another stream, joined before ``weigh``."""
         self.geometry, self.buffers, self.work = geometry, buffers, work
+        self._chained = [name for name in _CHAINED if not (joins and name == "weigh_keys")]
         self._check_buffers()
         properties = torch.cuda.get_device_properties(buffers.sketch.device)
-        self._load(compile_kernels(
-            geometry.dim, geometry.group, geometry.dtype, f"sm_{properties.major}{properties.minor}", defines
-        ))  # fmt: skip
+        arch = f"sm_{properties.major}{properties.minor}"
+        self._load(compile_kernels(geometry.dim, geometry.group, geometry.dtype, arch))
         every = properties.multi_processor_count
         units = geometry.rows * geometry.kv_heads
         self._grids = {
@@ -225,7 +226,7 @@ class DecodeKernels:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self._grids[name], 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS[name], 1, 1
-        if chains and name in _CHAINED:
+        if chains and name in self._chained:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1

@@ -66,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     i64 begin, end;
     range_of(s, begin, end);
     let_next_start();
+    wait_for_previous();
     for (i64 index = begin; index < end; index++) {
         const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
         if (reads_all(item.row)) continue;
