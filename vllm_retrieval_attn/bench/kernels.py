@@ -163,10 +163,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     idle = decode.microseconds(whole)
     decode.arena.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
-    given = "tokens rows_batch captured heads group dim dtype rows tau layers huge joins".split()
+    given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}
     return {
-        **{key: getattr(args, key) for key in given},
-        **parts, "layer_us": round(costs[-1], 2),
+        **given, **parts, "layer_us": round(costs[-1], 2),
         "idle_layer_us": round(idle, 2), "rows_read_a_head": round(read, 1),
         "scratch_mib": round(decode.work.bytes / 2**20, 1), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
