@@ -5,10 +5,12 @@
 #include "decode_weigh.cuh"
 
 constexpr int GATHER_THREADS = WEIGH_THREADS;
-constexpr int BATCH = DIM <= 96 ? 32 : DIM == 128 ? 28 : 12;  // rows of each of two buffers, of at most 15 KB
+constexpr int CHUNKS = 2 * DIM / 8;                 // of 16 bytes, in a row
+constexpr int FLIGHT = 4;                           // chunks that a thread has under way
+constexpr int BATCH = FLIGHT * GATHER_THREADS / CHUNKS;  // rows: 16 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
-constexpr int GATHER_BLOCKS = GROUP * DIM <= 512 ? 4 : 2;  // of a multiprocessor
+constexpr int GATHER_BLOCKS = 2;  // of a multiprocessor: what is under way lies in registers
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
 
@@ -111,23 +113,34 @@ __device__ __forceinline__ void choose(
 }
 
 struct Attention {
-    u16 rows[2][BATCH][STRIDE];
-    u16 queries[GROUP][DIM + 8];
+    u16 rows[BATCH][STRIDE];
+    u16 queries[2][GROUP][DIM + 8];
     float raised[GROUP][BATCH];
     float top[GROUP], total[GROUP], factor[GROUP];
 };
 
-// Start copying rows from `done` on, one batch, into a buffer; past L1, since the host may have written them. One group.
-__device__ __forceinline__ void fetch(const u16* page, const Chosen& chosen, int done, u16 (*rows)[STRIDE]) {
-    const int count = min(chosen.count - done, BATCH);
-    const u16* tokens = chosen.tokens + done;
-    constexpr int CHUNKS = 2 * DIM / 8;
-    for (int i = threadIdx.x; i < count * CHUNKS; i += GATHER_THREADS) {
-        const u16* from = page + (i64)tokens[i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8;
-        const u32 to = (u32)__cvta_generic_to_shared(&rows[i / CHUNKS][i % CHUNKS * 8]);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// A batch of rows on its way into registers. Ordinary loads of a whole row by neighbouring threads cross PCIe at 50 GB/s;
+// copies straight into shared memory (cp.async) at 20.
+struct Flight { uint4 chunks[FLIGHT]; };
+
+// Start loading rows from `done` on, one batch.
+__device__ __forceinline__ void take_off(const u16* page, const Chosen& chosen, int done, Flight& flight) {
+    const int chunks = min(chosen.count - done, BATCH) * CHUNKS;
+#pragma unroll
+    for (int k = 0; k < FLIGHT; k++) {
+        const int i = threadIdx.x + k * GATHER_THREADS;
+        if (i < chunks)
+            flight.chunks[k] = *(const uint4*)(page + (i64)chosen.tokens[done + i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Wait for `count` rows, and lay them down in shared memory.
+__device__ __forceinline__ void land(const Flight& flight, int count, u16 (*rows)[STRIDE]) {
+#pragma unroll
+    for (int k = 0; k < FLIGHT; k++) {
+        const int i = threadIdx.x + k * GATHER_THREADS;
+        if (i < count * CHUNKS) *(uint4*)&rows[i / CHUNKS][i % CHUNKS * 8] = flight.chunks[k];
+    }
 }
 
 __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elements, 16-byte aligned
@@ -144,7 +157,7 @@ __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elem
 
 // Scores less log pi of `count` rows and all query heads, PARTS threads each.
 __device__ __forceinline__ void score_rows(
-    Attention& a, const u16 (*rows)[STRIDE], const float* log_pi, int count, float scale
+    Attention& a, const u16 (*queries)[DIM + 8], const float* log_pi, int count, float scale
 ) {
     const int part = threadIdx.x % PARTS;
     for (int base = 0; base < count * GROUP; base += GATHER_THREADS / PARTS) {
@@ -152,7 +165,7 @@ __device__ __forceinline__ void score_rows(
         float sum = 0;
         if (row < count)
 #pragma unroll
-            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, rows[row] + c);
+            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(queries[g] + c, a.rows[row] + c);
         for (int o = 1; o < PARTS; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
         if (part == 0 && row < count) a.raised[g][row] = sum * scale - log_pi[row];
     }
@@ -181,9 +194,7 @@ __device__ __forceinline__ void raise_rows(Attention& a, int count) {
     }
 }
 
-__device__ __forceinline__ void add_values(
-    const Attention& a, const u16 (*rows)[STRIDE], int count, float2 (&sums)[PAIRS_A_THREAD]
-) {
+__device__ __forceinline__ void add_values(const Attention& a, int count, float2 (&sums)[PAIRS_A_THREAD]) {
 #pragma unroll
     for (int i = 0; i < PAIRS_A_THREAD; i++) {
         const int pair = threadIdx.x + i * GATHER_THREADS, g = pair / (DIM / 2), column = pair % (DIM / 2) * 2;
@@ -191,7 +202,7 @@ __device__ __forceinline__ void add_values(
         float2 sum = make_float2(sums[i].x * a.factor[g], sums[i].y * a.factor[g]);
 #pragma unroll 4
         for (int row = 0; row < count; row++) {
-            const u32 v = *(const u32*)(rows[row] + DIM + column);
+            const u32 v = *(const u32*)(a.rows[row] + DIM + column);
             const float e = a.raised[g][row];
             sum.x += e * of_element((u16)v);
             sum.y += e * of_element((u16)(v >> 16));
@@ -200,33 +211,32 @@ __device__ __forceinline__ void add_values(
     }
 }
 
-// A page whose first batch is under way into buffer `slot`.
-struct Pending { i64 index; const u16* page; int slot; bool any; };
+// A page whose first batch is under way, which of the two lists its rows are in, and which queries are its. page: null
+// if there is none.
+struct Pending { i64 index; const u16* page; int list, queries; };
 
-// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. alone: nothing is under
-// way into the other buffer, so that batches may take turns; else there must be one batch only.
-__device__ __forceinline__ void attend(const State& s, const Pending& p, bool alone, const Chosen& chosen, Attention& a) {
-    if (chosen.count == 0) return;
+// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch has
+// landed, the first one of the next page takes off.
+__device__ __forceinline__ void attend(
+    const State& s, const Pending& p, const Pending& next, const Chosen* lists, Attention& a, Flight& flight
+) {
+    const int all = p.page ? lists[p.list].count : 0;
     float2 sums[PAIRS_A_THREAD] = {};
     if (threadIdx.x < GROUP) a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
-    int slot = p.slot;
-    for (int done = 0; done < chosen.count; done += BATCH) {
-        if (alone) {
-            if (done + BATCH < chosen.count)
-                fetch(p.page, chosen, done + BATCH, a.rows[slot ^ 1]);
-            else
-                asm volatile("cp.async.commit_group;" ::: "memory");
-        }
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    for (int done = 0; done == 0 || done < all; done += BATCH) {
+        const int count = min(all - done, BATCH);
+        land(flight, count, a.rows);
+        const bool more = done + BATCH < all;
+        const u16* page = more ? p.page : next.page;
+        if (page) take_off(page, lists[more ? p.list : next.list], more ? done + BATCH : 0, flight);
+        if (count == 0) return;
         __syncthreads();
-        const int count = min(chosen.count - done, BATCH);
-        score_rows(a, a.rows[slot], chosen.log_pi + done, count, (float)s.scale);
+        score_rows(a, a.queries[p.queries], lists[p.list].log_pi + done, count, (float)s.scale);
         __syncthreads();
         raise_rows(a, count);
         __syncthreads();
-        add_values(a, a.rows[slot], count, sums);
+        add_values(a, count, sums);
         __syncthreads();
-        slot ^= 1;
     }
     float2* out = (float2*)(s.sums + p.index * (GROUP * DIM));
 #pragma unroll
@@ -241,43 +251,42 @@ struct Queries { i64 layer; const u16* query; i64 row, head; };
 
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(const State s, const Queries q) {
     __shared__ __align__(16) Attention a;
-    __shared__ Chosen chosen[2];
+    __shared__ Chosen lists[2];
     __shared__ float2 shares[GROUP];
     const int rows = rows_of(s);
     Item item;
     Pending pending = {};
+    Flight flight;
     i64 begin, end;
     u64 seed = 0;
     float tau = 0;
+    int queries = 0;
     range_of(s, begin, end);
     let_next_start();
     wait_for_previous();
-    for (i64 index = begin; index < end; index++) {
-        const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
-        if (item.page >= pages_of(item.row)) continue;
-        const i64 unit = item.row.number * s.heads + item.head;
-        if (pending.any && (fresh || chosen[pending.slot].count > BATCH)) {
-            attend(s, pending, true, chosen[pending.slot], a);
-            pending.any = false;
-            __syncthreads();
+    for (i64 index = begin; index <= end; index++) {  // one turn more, for the last page's rows
+        Pending next = {};
+        if (index < end) {
+            const bool fresh = find(s, rows, index, index == begin, item);
+            if (item.page >= pages_of(item.row)) continue;
+            if (fresh) {
+                const i64 unit = item.row.number * s.heads + item.head;
+                queries ^= 1;
+                for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
+                    a.queries[queries][i / DIM][i % DIM] =
+                        q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
+                if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
+                seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
+                tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
+                if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
+                __syncthreads();
+            }
+            next = Pending{index, arena_row(s, item.host_page, q.layer, item.head, 0), pending.list ^ 1, queries};
+            choose(s, item, shares, tau, seed, lists[next.list]);
         }
-        if (fresh) {
-            for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
-                a.queries[i / DIM][i % DIM] =
-                    q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
-            if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
-            seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
-            tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
-            if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
-            __syncthreads();
-        }
-        const Pending next = {index, arena_row(s, item.host_page, q.layer, item.head, 0), pending.slot ^ 1, true};
-        choose(s, item, shares, tau, seed, chosen[next.slot]);
-        fetch(next.page, chosen[next.slot], 0, a.rows[next.slot]);
-        if (pending.any) attend(s, pending, false, chosen[pending.slot], a);
+        attend(s, pending, next, lists, a, flight);
         pending = next;
     }
-    if (pending.any) attend(s, pending, true, chosen[pending.slot], a);
 }
 
 // What gather_rows chose, as lists: ids (rows, KV heads, capacity) int32 ascending, log_pi float32, counts (rows, KV
