@@ -104,7 +104,7 @@ __device__ __forceinline__ void choose(
             chosen.tokens[place] = (u16)(4 * threadIdx.x + k);
             chosen.log_pi[place++] = log_of(chances[k]);
         }
-    s.taken[item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
+    s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
     if (threadIdx.x == 0) {
         chosen.count = all;
         s.counts[item.index] = all;
@@ -213,7 +213,7 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
 
 // A page whose first batch is under way, which of the two lists its rows are in, and which queries are its. page: null
 // if there is none.
-struct Pending { i64 index; const u16* page; int list, queries; };
+struct Pending { const u16* page; int index, list, queries; };
 
 // Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch has
 // landed, the first one of the next page takes off.
@@ -238,12 +238,12 @@ __device__ __forceinline__ void attend(
         add_values(a, count, sums);
         __syncthreads();
     }
-    float2* out = (float2*)(s.sums + p.index * (GROUP * DIM));
+    float2* out = (float2*)(s.sums + (i64)p.index * (GROUP * DIM));
 #pragma unroll
     for (int i = 0; i < PAIRS_A_THREAD; i++)
         if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
     if (threadIdx.x < GROUP)
-        s.stats[p.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+        s.stats[(i64)p.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
 }
 
 // query (rows, heads, DIM): strides in elements.
@@ -257,14 +257,14 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     Item item;
     Pending pending = {};
     Flight flight;
-    i64 begin, end;
+    int begin, end;
     u64 seed = 0;
     float tau = 0;
     int queries = 0;
     range_of(s, begin, end);
     let_next_start();
     wait_for_previous();
-    for (i64 index = begin; index <= end; index++) {  // one turn more, for the last page's rows
+    for (int index = begin; index <= end; index++) {  // one turn more, for the last page's rows
         Pending next = {};
         if (index < end) {
             const bool fresh = find(s, rows, index, index == begin, item);
@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
                 if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
                 __syncthreads();
             }
-            next = Pending{index, arena_row(s, item.host_page, q.layer, item.head, 0), pending.list ^ 1, queries};
+            next = Pending{arena_row(s, item.host_page, q.layer, item.head, 0), index, pending.list ^ 1, queries};
             choose(s, item, shares, tau, seed, lists[next.list]);
         }
         attend(s, pending, next, lists, a, flight);
@@ -300,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const Sta
         Item item;
         item.row = row_at(s, (int)(unit / s.heads));
         item.head = (int)(unit % s.heads);
-        item.from = item.row.first * s.heads + (i64)item.head * item.row.entries;
+        item.from = (item.row.first * (int)s.heads) + item.head * item.row.entries;
         __syncthreads();
         if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
         __syncthreads();
@@ -311,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const Sta
             item.keys = min(item.row.tokens - item.page * PAGE, PAGE);
             u32 chances[4];
             chances_of(s, item, shares, s.taus[unit], chances);
-            const u32 taken = s.taken[item.index * GATHER_THREADS + threadIdx.x];
+            const u32 taken = s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x];
             int all, place = place_of(taken, all);
             for (int k = 0; k < 4; k++)
                 if (taken >> k & 1 && written + place < lists.capacity) {

@@ -44,6 +44,37 @@ __device__ __forceinline__ float score_of(int first, int second, const Asked& as
 
 struct Stage { u32 x[STAGE][WORDS], y[STAGE][WORDS]; };
 
+// A tile to be scored by a warp: its codes, how many of its keys exist, the item it is of, and the (row, KV head).
+struct Tile { const u8* codes; int inside, index, unit; };
+
+// The thread's part of the queries of one (row, KV head).
+struct Fragment { u32 low[FRAGMENTS][WORDS], high[FRAGMENTS][WORDS]; Asked asked[FRAGMENTS]; };
+
+__device__ __forceinline__ void load_fragment(const State& s, int unit, Fragment& f) {
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
+    const signed char* digits = s.digits + (i64)unit * (FRAGMENTS * COLUMNS * PADDED);
+#pragma unroll
+    for (int n = 0; n < FRAGMENTS; n++) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            const signed char* column = digits + (n * COLUMNS + r) * PADDED + byte_of(t, i);
+            f.low[n][i] = *(const u32*)column;
+            f.high[n][i] = *(const u32*)(column + KEY_BYTES);
+        }
+        f.asked[n] = s.asked[unit * GROUP + (n * 4 + t < GROUP ? n * 4 + t : 0)];
+    }
+}
+
+// The float16 steps of the thread's 16 keys, two a word. Steps follow the codes of the block.
+struct Steps { uint4 even, odd; };
+
+__device__ __forceinline__ void load_steps(const Tile& tile, Steps& steps) {
+    const int warp = threadIdx.x >> 5, r = (threadIdx.x & 31) >> 2;
+    const u16* at = (const u16*)(tile.codes + (PAGE - warp * TILE) * KEY_BYTES) + warp * TILE + 16 * r;
+    steps.even = *(const uint4*)at;
+    steps.odd = *(const uint4*)(at + 8);
+}
+
 // Codes of one stage of a tile.
 __device__ __forceinline__ void load_stage(const u8* codes, int stage, Stage& out) {
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
@@ -55,38 +86,23 @@ __device__ __forceinline__ void load_stage(const u8* codes, int stage, Stage& ou
     }
 }
 
-// A tile to be scored by a warp: its codes and steps, how many of its keys exist, and which item it is of.
-struct Tile { const u8* codes; const u16* steps; int inside; i64 index, unit; };
-
 // Scores of a tile whose first stage is in buffers[0], against the tile's maximum, as float16; its maximum, and its sum of
 // exponentials in units of 2^-24, an integer so that order does not matter. Starts loading the next tile.
 __device__ __forceinline__ void score_tile(
-    const State& s, const Tile& tile, const Tile& next, Stage (&buffers)[2], float* tops, u32* sums
+    const State& s, const Tile& tile, const Tile& next, const Fragment& f, Stage (&buffers)[2], Steps& steps, float* tops,
+    u32* sums
 ) {
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, inside = tile.inside;
-    const signed char* digits = s.digits + tile.unit * (FRAGMENTS * COLUMNS * PADDED);
-    u16* scores = s.scores + (tile.index * TILES + threadIdx.x / 32) * (GROUP * TILE);
-    u32 low[FRAGMENTS][WORDS], high[FRAGMENTS][WORDS];
-#pragma unroll
-    for (int n = 0; n < FRAGMENTS; n++)
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-            const signed char* column = digits + (n * COLUMNS + r) * PADDED + byte_of(t, i);
-            low[n][i] = *(const u32*)column;
-            high[n][i] = *(const u32*)(column + KEY_BYTES);
-        }
-    const uint4 even = *(const uint4*)(tile.steps + 16 * r), odd = *(const uint4*)(tile.steps + 16 * r + 8);
-    const u32 pairs[8] = {even.x, even.y, even.z, even.w, odd.x, odd.y, odd.z, odd.w};
-    Asked mine[FRAGMENTS];
-#pragma unroll
-    for (int n = 0; n < FRAGMENTS; n++) mine[n] = s.asked[tile.unit * GROUP + (n * 4 + t < GROUP ? n * 4 + t : 0)];
+    u16* scores = s.scores + ((i64)tile.index * TILES + threadIdx.x / 32) * (GROUP * TILE);
+    const u32 pairs[8] = {
+        steps.even.x, steps.even.y, steps.even.z, steps.even.w, steps.odd.x, steps.odd.y, steps.odd.z, steps.odd.w};
     float found[FRAGMENTS][16];
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) {
         if (stage + 1 < STAGES)
             load_stage(tile.codes, stage + 1, buffers[(stage + 1) % 2]);
         else if (next.inside > 0)
-            load_stage(next.codes, 0, buffers[0]);
+            load_stage(next.codes, 0, buffers[0]), load_steps(next, steps);
         const Stage& now = buffers[stage % 2];
 #pragma unroll
         for (int m = 0; m < STAGE; m++) {
@@ -99,10 +115,10 @@ __device__ __forceinline__ void score_tile(
 #pragma unroll
                 for (int i = 0; i < WORDS; i++)
                     multiply(
-                        c, now.x[m][i] & M, now.y[m][i] & M, now.x[m][i] >> 4 & M, now.y[m][i] >> 4 & M, low[n][i],
-                        high[n][i]);
-                found[n][2 * (stage * STAGE + m)] = score_of(c[0], c[1], mine[n], step_x);
-                found[n][2 * (stage * STAGE + m) + 1] = score_of(c[2], c[3], mine[n], step_y);
+                        c, now.x[m][i] & M, now.y[m][i] & M, now.x[m][i] >> 4 & M, now.y[m][i] >> 4 & M, f.low[n][i],
+                        f.high[n][i]);
+                found[n][2 * (stage * STAGE + m)] = score_of(c[0], c[1], f.asked[n], step_x);
+                found[n][2 * (stage * STAGE + m) + 1] = score_of(c[2], c[3], f.asked[n], step_y);
             }
         }
     }
@@ -150,45 +166,50 @@ __device__ __forceinline__ void record_page(const float (*tops)[GROUP], const u3
 
 // This warp's tile of the first item at or after `index` that has keys to be scored; by the whole block. After the last
 // item: no keys, index = end.
-__device__ __forceinline__ Tile next_tile(const State& s, int rows, i64 layer, i64 begin, i64 index, i64 end, Item& item) {
+__device__ __forceinline__ Tile next_tile(const State& s, int rows, i64 layer, int begin, int index, int end, Item& item) {
     const int warp = threadIdx.x >> 5;
     for (; index < end; index++) {
         find(s, rows, index, index == begin, item);
         if (reads_all(item.row) || item.page >= pages_of(item.row)) continue;
         const u8* block = sketch_block(s, item.keys ? item.sketch_page : 0, layer, item.head);
         return Tile{
-            block + warp * TILE * KEY_BYTES, (const u16*)(block + PAGE * KEY_BYTES) + warp * TILE,
-            min(item.keys - warp * TILE, TILE), index, item.row.number * s.heads + item.head};
+            block + warp * TILE * KEY_BYTES, min(item.keys - warp * TILE, TILE), index,
+            item.row.number * (int)s.heads + item.head};
     }
-    return Tile{nullptr, nullptr, 0, end, 0};
+    return Tile{nullptr, 0, end, -1};
 }
 
+// What comes next is known and under way before a page is scored: the page after it is looked up last, while codes of the
+// next are on their way.
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, SCORE_BLOCKS) score_keys(const State s, const i64 layer) {
     __shared__ float tops[2][TILES][GROUP];  // of pages by turns: one barrier a page is enough
     __shared__ u32 sums[2][TILES][GROUP];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, rows = rows_of(s);
     Item item;
-    i64 begin, end;
+    int begin, end, turn = 0, unit = -1;
     range_of(s, begin, end);
     Stage buffers[2];
+    Steps steps;
+    Fragment fragment;
     Tile tile = next_tile(s, rows, layer, begin, begin, end, item);
     let_next_start();
     wait_for_previous();
-    int turn = 0;
-    if (tile.inside > 0) load_stage(tile.codes, 0, buffers[0]);
+    if (tile.inside > 0) load_stage(tile.codes, 0, buffers[0]), load_steps(tile, steps);
+    Tile next = next_tile(s, rows, layer, begin, tile.index + 1, end, item);
     while (tile.index < end) {
-        const Tile next = next_tile(s, rows, layer, begin, tile.index + 1, end, item);
+        if (tile.unit != unit) load_fragment(s, unit = tile.unit, fragment);
         if (tile.inside > 0) {
-            score_tile(s, tile, next, buffers, tops[turn][warp], sums[turn][warp]);
+            score_tile(s, tile, next, fragment, buffers, steps, tops[turn][warp], sums[turn][warp]);
         } else {
-            if (next.inside > 0) load_stage(next.codes, 0, buffers[0]);
+            if (next.inside > 0) load_stage(next.codes, 0, buffers[0]), load_steps(next, steps);
             if (lane < GROUP) tops[turn][warp][lane] = MINUS_INF, sums[turn][warp][lane] = 0;
         }
         __syncwarp();
-        if (lane < GROUP) s.tops[(tile.index * TILES + warp) * GROUP + lane] = tops[turn][warp][lane];
+        if (lane < GROUP) s.tops[((i64)tile.index * TILES + warp) * GROUP + lane] = tops[turn][warp][lane];
         __syncthreads();
-        record_page(tops[turn], sums[turn], s.records + tile.index * GROUP);
+        record_page(tops[turn], sums[turn], s.records + (i64)tile.index * GROUP);
         tile = next;
+        next = next_tile(s, rows, layer, begin, tile.index + 1, end, item);
         turn ^= 1;
     }
 }
