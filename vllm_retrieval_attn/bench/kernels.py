@@ -135,32 +135,34 @@ class Decode:
                 self.layer(number, parts)
         return graph
 
-    def microseconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        """Median time of a layer."""
-        times = []
+    def microseconds(self, graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
+        """Median time of a layer in each graph. Graphs take turns, so that drifts of the machine touch all alike."""
+        times: list[list[float]] = [[] for _ in graphs]
         for repeat in range(self.args.repeats + 3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times.append(begin.elapsed_time(end) * 1e3 / self.args.layers)
-        return statistics.median(times)
+            for graph, found in zip(graphs, times, strict=True):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if repeat >= 3:
+                    found.append(begin.elapsed_time(end) * 1e3 / self.args.layers)
+        return [statistics.median(found) for found in times]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The row of :func:`main`."""
     decode = Decode(args)
     decode.describe(args.tokens)
-    costs = [decode.microseconds(decode.graph(parts)) for parts in range(1, len(_PARTS) + 1)]
-    whole = decode.graph(len(_PARTS))
+    graphs = [decode.graph(parts) for parts in range(1, len(_PARTS) + 1)]
+    costs = decode.microseconds(graphs)
+    whole = graphs[-1]
     decode.work.read.zero_()
     whole.replay()
     torch.cuda.synchronize()
     read = decode.work.read[: args.rows_batch].float().mean().item() / args.layers / args.heads
     decode.describe(0)
-    idle = decode.microseconds(whole)
+    (idle,) = decode.microseconds([whole])
     decode.arena.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
     given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}

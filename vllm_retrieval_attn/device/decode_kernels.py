@@ -18,7 +18,7 @@ _FOLDER = Path(__file__).parent
 _MAIN = "decode.cu"
 _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
-    "merge_parts": 256, "list_rows": 256,
+    "merge_parts": 512, "list_rows": 256,
 }  # fmt: skip
 _CHAINED = ("score_keys", "weigh_keys", "gather_rows", "merge_parts")
 """Kernels that follow another one of a layer on the same stream: they may begin before it ends (decode_common.cuh).
@@ -188,10 +188,14 @@ class DecodeKernels:
             )
             self._grids[name] = min(max(blocks, 1) * every, geometry.items)
         self._configs = {name: self._config(name, properties.major >= 9) for name in _THREADS}
-        g, b = geometry, buffers
+        self._state = self._packed_state()
+
+    def _packed_state(self) -> np.ndarray[Any, Any]:
+        """Struct State of decode_common.cuh."""
+        g, b = self.geometry, self.buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
-        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *work)
-        self._state = _packed(*fixed, float(g.scale), *addresses)
+        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries)
+        return _packed(*fixed, float(g.scale), *addresses, *self.work)
 
     def _check_buffers(self) -> None:
         g, b = self.geometry, self.buffers

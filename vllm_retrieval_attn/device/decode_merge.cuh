@@ -2,7 +2,7 @@
 #pragma once
 #include "decode_weigh.cuh"
 
-constexpr int MERGE_THREADS = 256, MERGE_WARPS = MERGE_THREADS / 32;
+constexpr int MERGE_THREADS = 512, MERGE_WARPS = MERGE_THREADS / 32;
 constexpr int QUADS = DIM / 4, QUADS_A_LANE = (QUADS + 31) / 32;
 
 // out (rows, heads, DIM): strides in elements.
