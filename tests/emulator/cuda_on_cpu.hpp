@@ -177,7 +177,8 @@ static unsigned short ptx_to_bfloat16(float x) {
     return (unsigned short)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
-// mma.m16n8k32: of A a thread has rows r, r + 8 and four bytes of each half of k; of B column r; of C columns 2 t, 2 t + 1.
+// mma.m16n8k32: of A a thread has rows r, r + 8 and four bytes of each half of k; of B column r; of C
+// columns 2 t, 2 t + 1.
 static void ptx_mma(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     using namespace emulator;
     Fiber& mine = fibers[current];

@@ -119,8 +119,8 @@ struct Attention {
     float top[GROUP], total[GROUP], factor[GROUP];
 };
 
-// A batch of rows on its way into registers. Ordinary loads of a whole row by neighbouring threads cross PCIe at 50 GB/s;
-// copies straight into shared memory (cp.async) at 20.
+// A batch of rows on its way into registers. Copies straight into shared memory (cp.async) crossed PCIe at only 20 GB/s
+// on an H100; ordinary loads of whole rows by neighbouring threads reached 45 to 50 in a prototype.
 struct Flight { uint4 chunks[FLIGHT]; };
 
 // Start loading rows from `done` on, one batch.
@@ -130,7 +130,8 @@ __device__ __forceinline__ void take_off(const u16* page, const Chosen& chosen, 
     for (int k = 0; k < FLIGHT; k++) {
         const int i = threadIdx.x + k * GATHER_THREADS;
         if (i < chunks)
-            flight.chunks[k] = *(const uint4*)(page + (i64)chosen.tokens[done + i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8);
+            flight.chunks[k] =
+                *(const uint4*)(page + (i64)chosen.tokens[done + i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8);
     }
 }
 
@@ -215,8 +216,8 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
 // if there is none.
 struct Pending { const u16* page; int index, list, queries; };
 
-// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch has
-// landed, the first one of the next page takes off.
+// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch
+// has landed, the first one of the next page takes off.
 __device__ __forceinline__ void attend(
     const State& s, const Pending& p, const Pending& next, const Chosen* lists, Attention& a, Flight& flight
 ) {
@@ -249,7 +250,9 @@ __device__ __forceinline__ void attend(
 // query (rows, heads, DIM): strides in elements.
 struct Queries { i64 layer; const u16* query; i64 row, head; };
 
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(const State s, const Queries q) {
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(
+    const State s, const Queries q
+) {
     __shared__ __align__(16) Attention a;
     __shared__ Chosen lists[2];
     __shared__ float2 shares[GROUP];

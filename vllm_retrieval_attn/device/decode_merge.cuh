@@ -39,7 +39,9 @@ __device__ __forceinline__ void add_pages(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const State s, const Paged paged, const Merged m) {
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
+    const State s, const Paged paged, const Merged m
+) {
     __shared__ __align__(16) float parts[MERGE_WARPS][DIM];
     __shared__ float factors[MERGE_THREADS], totals[MERGE_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

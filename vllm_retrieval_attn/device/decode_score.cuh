@@ -1,8 +1,8 @@
 // Scores of all codes: integer matrix products of 4-bit codes and two-digit queries.
 //
 // A warp takes a tile of 128 keys. In mma.m16n8k32 a thread owns rows r and r + 8 of A (r = lane / 4) and two columns
-// of the result. Keys are dealt to rows so that a thread's 16 keys are neighbours: block m of 16 keys has key 16 r + 2 m
-// in row r and 16 r + 2 m + 1 in row r + 8. The two columns of a thread are the two digits of one query head.
+// of the result. Keys are dealt to rows so that a thread's 16 keys are neighbours: block m of 16 keys has key 16 r +
+// 2 m in row r and 16 r + 2 m + 1 in row r + 8. The two columns of a thread are the two digits of one query head.
 #pragma once
 #include "decode_common.cuh"
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_key(const u8* key, int t, u32 (&words)[WORD
     }
 }
 
-__device__ __forceinline__ void multiply(int (&c)[4], const u32 a0, const u32 a1, const u32 a2, const u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -86,11 +86,11 @@ __device__ __forceinline__ void load_stage(const u8* codes, int stage, Stage& ou
     }
 }
 
-// Scores of a tile whose first stage is in buffers[0], against the tile's maximum, as float16; its maximum, and its sum of
-// exponentials in units of 2^-24, an integer so that order does not matter. Starts loading the next tile.
+// Scores of a tile whose first stage is in buffers[0], against the tile's maximum, as float16; its maximum, and its sum
+// of exponentials in units of 2^-24, an integer so that order does not matter. Starts loading the next tile.
 __device__ __forceinline__ void score_tile(
-    const State& s, const Tile& tile, const Tile& next, const Fragment& f, Stage (&buffers)[2], Steps& steps, float* tops,
-    u32* sums
+    const State& s, const Tile& tile, const Tile& next, const Fragment& f, Stage (&buffers)[2], Steps& steps,
+    float* tops, u32* sums
 ) {
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, inside = tile.inside;
     u16* scores = s.scores + ((i64)tile.index * TILES + threadIdx.x / 32) * (GROUP * TILE);
@@ -159,14 +159,16 @@ __device__ __forceinline__ void record_page(const float (*tops)[GROUP], const u3
     for (int w = 1; w < TILES; w++) top = fmaxf(top, tops[w][g]);
     for (int w = 0; w < TILES; w++)
         if (sums[w][g] != 0)
-            sum = __fadd_rn(
-                sum, __fmul_rn(__fmul_rn((float)sums[w][g], 5.9604644775390625e-8f), exp_fixed(__fsub_rn(tops[w][g], top))));
+            sum = __fadd_rn(sum, __fmul_rn(
+                __fmul_rn((float)sums[w][g], 5.9604644775390625e-8f), exp_fixed(__fsub_rn(tops[w][g], top))));
     records[g] = make_float2(top, sum);
 }
 
 // This warp's tile of the first item at or after `index` that has keys to be scored; by the whole block. After the last
 // item: no keys, index = end.
-__device__ __forceinline__ Tile next_tile(const State& s, int rows, i64 layer, int begin, int index, int end, Item& item) {
+__device__ __forceinline__ Tile next_tile(
+    const State& s, int rows, i64 layer, int begin, int index, int end, Item& item
+) {
     const int warp = threadIdx.x >> 5;
     for (; index < end; index++) {
         find(s, rows, index, index == begin, item);
@@ -179,8 +181,8 @@ __device__ __forceinline__ Tile next_tile(const State& s, int rows, i64 layer, i
     return Tile{nullptr, 0, end, -1};
 }
 
-// What comes next is known and under way before a page is scored: the page after it is looked up last, while codes of the
-// next are on their way.
+// What comes next is known and under way before a page is scored: the page after it is looked up last, while codes of
+// the next are on their way.
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, SCORE_BLOCKS) score_keys(const State s, const i64 layer) {
     __shared__ float tops[2][TILES][GROUP];  // of pages by turns: one barrier a page is enough
     __shared__ u32 sums[2][TILES][GROUP];

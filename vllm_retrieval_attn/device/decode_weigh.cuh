@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
             for (int k = 0; k < 4; k++) {
                 if (4 * thread + k >= item.keys) continue;
                 const u32 bits = __float_as_uint(weights[k]);
-                const int bin = (int)(bits >> BIN_SHIFT) - FIRST_BIN;
+                const int bin = min((int)(bits >> BIN_SHIFT) - FIRST_BIN, BINS - 1);
                 if (bin >= last) {
                     atomicAdd(&counts[bin], 1u);
                     atomicAdd(&lows[bin], bits & ((1u << BIN_SHIFT) - 1));
