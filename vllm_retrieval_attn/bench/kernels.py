@@ -29,13 +29,22 @@ _MAPPED_PORTABLE = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 class Arena:
     """Pinned host memory: a plain mapping registered with CUDA, since torch's pinned allocator rounds sizes up."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> None:
         size = math.prod(shape) * dtype.itemsize
-        self._map = mmap.mmap(-1, size)
+        if huge:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            self._map = mmap.mmap(-1, size)
         self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
         status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, _MAPPED_PORTABLE)
         if int(status) != 0:
             raise RuntimeError(f"retrieval: {size >> 20} MiB of host memory cannot be pinned: {status}")
+
+    def close(self) -> None:
+        """Unregister it: the address may be given out again."""
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
 
 
 class Decode:
@@ -58,7 +67,7 @@ class Decode:
         )  # fmt: skip
         g, dtype = self.geometry, getattr(torch, args.dtype)
         torch.manual_seed(0)
-        self.arena = Arena((pages, g.layers, g.kv_heads, PAGE, 2, g.dim), dtype)
+        self.arena = Arena((pages, g.layers, g.kv_heads, PAGE, 2, g.dim), dtype, args.huge)
         sketch = torch.zeros(sketch_pages * g.sketch_page_bytes, dtype=torch.uint8, device="cuda")
         turn = torch.from_numpy(rotation(g.dim).astype(np.float32)).cuda()
         turns = turn.expand(2, g.layers, g.kv_heads, g.dim, g.dim).contiguous()
@@ -66,7 +75,7 @@ class Decode:
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
         buffers = Buffers(self.arena.tensor.data_ptr(), sketch, mean, turns, turns, self.descriptor)
-        self.kernels = DecodeKernels(g, buffers, self.work)
+        self.kernels = DecodeKernels(g, buffers, self.work, joins=args.joins)
         for page in range(pages):
             self._fill(page, pages, turn, dtype)
         heads = g.kv_heads * g.group
@@ -126,36 +135,39 @@ class Decode:
                 self.layer(number, parts)
         return graph
 
-    def microseconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        """Median time of a layer."""
-        times = []
+    def microseconds(self, graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
+        """Median time of a layer in each graph. Graphs take turns, so that drifts of the machine touch all alike."""
+        times: list[list[float]] = [[] for _ in graphs]
         for repeat in range(self.args.repeats + 3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times.append(begin.elapsed_time(end) * 1e3 / self.args.layers)
-        return statistics.median(times)
+            for graph, found in zip(graphs, times, strict=True):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if repeat >= 3:
+                    found.append(begin.elapsed_time(end) * 1e3 / self.args.layers)
+        return [statistics.median(found) for found in times]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The row of :func:`main`."""
     decode = Decode(args)
     decode.describe(args.tokens)
-    costs = [decode.microseconds(decode.graph(parts)) for parts in range(1, len(_PARTS) + 1)]
-    whole = decode.graph(len(_PARTS))
+    graphs = [decode.graph(parts) for parts in range(1, len(_PARTS) + 1)]
+    costs = decode.microseconds(graphs)
+    whole = graphs[-1]
     decode.work.read.zero_()
     whole.replay()
     torch.cuda.synchronize()
     read = decode.work.read[: args.rows_batch].float().mean().item() / args.layers / args.heads
     decode.describe(0)
-    idle = decode.microseconds(whole)
+    (idle,) = decode.microseconds([whole])
+    decode.arena.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
-    keys = ("tokens", "rows_batch", "captured", "heads", "group", "dim", "dtype", "rows", "tau", "layers")
+    given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}
     return {
-        **{key: getattr(args, key) for key in keys}, **parts, "layer_us": round(costs[-1], 2),
+        **given, **parts, "layer_us": round(costs[-1], 2),
         "idle_layer_us": round(idle, 2), "rows_read_a_head": round(read, 1),
         "scratch_mib": round(decode.work.bytes / 2**20, 1), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
@@ -175,6 +187,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--tau", type=float, default=1e-3, help="weight from which on a key is always read")
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
+    parser.add_argument("--huge", action="store_true", help="back the arena by huge pages")
+    parser.add_argument("--joins", action="store_true", help="as if FlashAttention ran on another stream")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     return parser
 

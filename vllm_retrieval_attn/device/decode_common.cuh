@@ -67,8 +67,8 @@ struct Row {
 // of page 0. keys: attended to within the page.
 struct Item {
     Row row;
-    int head, page, keys;
-    i64 index, from, sketch_page, host_page;
+    int head, page, keys, index, from;
+    i64 sketch_page, host_page;
 };
 
 __device__ __forceinline__ int rows_of(const State& s) {
@@ -119,23 +119,23 @@ __device__ __forceinline__ int pages_of(const Row& row) {
 __device__ __forceinline__ bool reads_all(const Row& row) { return row.tokens <= row.limit; }
 
 // Item `index`, found by all threads of the block together; `item` holds the one before. True: another row or head.
-__device__ __forceinline__ bool find(const State& s, int rows, i64 index, bool first, Item& item) {
+__device__ __forceinline__ bool find(const State& s, int rows, int index, bool first, Item& item) {
     bool fresh = first;
     if (first || index >= item.from + item.row.entries) {
         fresh = true;
-        int at = -1;
-        for (int base = 0; base < rows; base += blockDim.x) {
+        int at = rows == 1 ? 0 : -1;
+        for (int base = 0; base < rows && rows > 1; base += blockDim.x) {
             const int r = base + threadIdx.x;
             const bool before = r < rows && s.descriptor[HEADER + (i64)r * FIELDS + ROW_FIRST] * s.heads <= index;
             at += __syncthreads_count(before);
         }
         item.row = row_at(s, at < 0 ? 0 : at);
-        const i64 within = index - item.row.first * s.heads;
-        item.head = item.row.entries ? (int)(within / item.row.entries) : (int)s.heads;
-        item.from = item.row.first * s.heads + (i64)item.head * item.row.entries;
+        const int heads = (int)s.heads, start = item.row.first * heads;
+        item.head = item.row.entries ? (index - start) / item.row.entries : heads;
+        item.from = start + item.head * item.row.entries;
     }
     item.index = index;
-    item.page = (int)(index - item.from);
+    item.page = index - item.from;
     item.keys = 0;
     if (item.head < s.heads && pages_at(s, item.row.first + item.page, item.host_page, item.sketch_page)) {
         const int left = item.row.tokens - item.page * PAGE;
@@ -145,10 +145,10 @@ __device__ __forceinline__ bool find(const State& s, int rows, i64 index, bool f
 }
 
 // The items of this block: a contiguous range, so that it meets few heads.
-__device__ __forceinline__ void range_of(const State& s, i64& begin, i64& end) {
+__device__ __forceinline__ void range_of(const State& s, int& begin, int& end) {
     const i64 all = entries_of(s) * s.heads;
-    begin = blockIdx.x * all / gridDim.x;
-    end = (blockIdx.x + 1) * all / gridDim.x;
+    begin = (int)(blockIdx.x * all / gridDim.x);
+    end = (int)((blockIdx.x + 1) * all / gridDim.x);
 }
 
 __device__ __forceinline__ u8* sketch_block(const State& s, i64 page, i64 layer, int head) {
@@ -157,6 +157,21 @@ __device__ __forceinline__ u8* sketch_block(const State& s, i64 page, i64 layer,
 
 __device__ __forceinline__ u16* arena_row(const State& s, i64 page, i64 layer, int head, int token) {
     return s.arena + (((page * s.layers + layer) * s.heads + head) * PAGE + token) * (2 * DIM);
+}
+
+// Programmatic dependent launch: a kernel may begin while the one before it in the layer still runs, and then waits for
+// its end before it touches what that one writes. Every block must wait, also one without work, so that the end of a
+// kernel means the end of all before it.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // exp(x) for x <= 0 to 3e-6, in operations that round the same everywhere: 2^f by a polynomial, 2^k by the exponent.

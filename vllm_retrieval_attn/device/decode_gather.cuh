@@ -1,12 +1,16 @@
-// Choosing rows and attending to them where they lie, in host memory. A block takes a page of one (row, KV head): draws
-// the rows of its eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's partial.
+// Choosing rows and attending to them where they lie, in host memory. A block takes pages of one (row, KV head): draws
+// the rows of a page's eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's
+// partial. While rows are under way, the block draws those of its next page.
 #pragma once
 #include "decode_weigh.cuh"
 
 constexpr int GATHER_THREADS = WEIGH_THREADS;
-constexpr int BATCH = DIM <= 128 ? 64 : 32;         // rows in flight a block: about 33 KB
+constexpr int CHUNKS = 2 * DIM / 8;                 // of 16 bytes, in a row
+constexpr int FLIGHT = 4;                           // chunks that a thread has under way
+constexpr int BATCH = FLIGHT * GATHER_THREADS / CHUNKS;  // rows: 16 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
+constexpr int GATHER_BLOCKS = 2;  // of a multiprocessor: what is under way lies in registers
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
 
@@ -100,7 +104,7 @@ __device__ __forceinline__ void choose(
             chosen.tokens[place] = (u16)(4 * threadIdx.x + k);
             chosen.log_pi[place++] = log_of(chances[k]);
         }
-    s.taken[item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
+    s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
     if (threadIdx.x == 0) {
         chosen.count = all;
         s.counts[item.index] = all;
@@ -110,20 +114,34 @@ __device__ __forceinline__ void choose(
 
 struct Attention {
     u16 rows[BATCH][STRIDE];
-    u16 queries[GROUP][DIM + 8];
+    u16 queries[2][GROUP][DIM + 8];
     float raised[GROUP][BATCH];
     float top[GROUP], total[GROUP], factor[GROUP];
 };
 
-// Start copying `count` rows into shared memory, past L1: the host may have written them since.
-__device__ __forceinline__ void fetch(const u16* page, const u16* tokens, int count, Attention& a) {
-    constexpr int CHUNKS = 2 * DIM / 8;
-    for (int i = threadIdx.x; i < count * CHUNKS; i += GATHER_THREADS) {
-        const u16* from = page + (i64)tokens[i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8;
-        const u32 to = (u32)__cvta_generic_to_shared(&a.rows[i / CHUNKS][i % CHUNKS * 8]);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// A batch of rows on its way into registers. Copies straight into shared memory (cp.async) crossed PCIe at only 20 GB/s
+// on an H100; ordinary loads of whole rows by neighbouring threads reached 45 to 50 in a prototype.
+struct Flight { uint4 chunks[FLIGHT]; };
+
+// Start loading rows from `done` on, one batch.
+__device__ __forceinline__ void take_off(const u16* page, const Chosen& chosen, int done, Flight& flight) {
+    const int chunks = min(chosen.count - done, BATCH) * CHUNKS;
+#pragma unroll
+    for (int k = 0; k < FLIGHT; k++) {
+        const int i = threadIdx.x + k * GATHER_THREADS;
+        if (i < chunks)
+            flight.chunks[k] =
+                *(const uint4*)(page + (i64)chosen.tokens[done + i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Wait for `count` rows, and lay them down in shared memory.
+__device__ __forceinline__ void land(const Flight& flight, int count, u16 (*rows)[STRIDE]) {
+#pragma unroll
+    for (int k = 0; k < FLIGHT; k++) {
+        const int i = threadIdx.x + k * GATHER_THREADS;
+        if (i < count * CHUNKS) *(uint4*)&rows[i / CHUNKS][i % CHUNKS * 8] = flight.chunks[k];
+    }
 }
 
 __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elements, 16-byte aligned
@@ -139,14 +157,16 @@ __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elem
 }
 
 // Scores less log pi of `count` rows and all query heads, PARTS threads each.
-__device__ __forceinline__ void score_rows(Attention& a, const float* log_pi, int count, float scale) {
+__device__ __forceinline__ void score_rows(
+    Attention& a, const u16 (*queries)[DIM + 8], const float* log_pi, int count, float scale
+) {
     const int part = threadIdx.x % PARTS;
     for (int base = 0; base < count * GROUP; base += GATHER_THREADS / PARTS) {
         const int pair = base + threadIdx.x / PARTS, row = pair / GROUP, g = pair % GROUP;
         float sum = 0;
         if (row < count)
 #pragma unroll
-            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, a.rows[row] + c);
+            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(queries[g] + c, a.rows[row] + c);
         for (int o = 1; o < PARTS; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
         if (part == 0 && row < count) a.raised[g][row] = sum * scale - log_pi[row];
     }
@@ -192,59 +212,83 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
     }
 }
 
-// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head.
-__device__ __forceinline__ void attend(const State& s, const Item& item, const u16* page, const Chosen& chosen, Attention& a) {
+// A page whose first batch is under way, which of the two lists its rows are in, and which queries are its. page: null
+// if there is none.
+struct Pending { const u16* page; int index, list, queries; };
+
+// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch
+// has landed, the first one of the next page takes off.
+__device__ __forceinline__ void attend(
+    const State& s, const Pending& p, const Pending& next, const Chosen* lists, Attention& a, Flight& flight
+) {
+    const int all = p.page ? lists[p.list].count : 0;
     float2 sums[PAIRS_A_THREAD] = {};
     if (threadIdx.x < GROUP) a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
-    for (int done = 0; done < chosen.count; done += BATCH) {
-        const int count = min(chosen.count - done, BATCH);
-        fetch(page, chosen.tokens + done, count, a);
+    for (int done = 0; done == 0 || done < all; done += BATCH) {
+        const int count = min(all - done, BATCH);
+        land(flight, count, a.rows);
+        const bool more = done + BATCH < all;
+        const u16* page = more ? p.page : next.page;
+        if (page) take_off(page, lists[more ? p.list : next.list], more ? done + BATCH : 0, flight);
+        if (count == 0) return;
         __syncthreads();
-        score_rows(a, chosen.log_pi + done, count, (float)s.scale);
+        score_rows(a, a.queries[p.queries], lists[p.list].log_pi + done, count, (float)s.scale);
         __syncthreads();
         raise_rows(a, count);
         __syncthreads();
         add_values(a, count, sums);
         __syncthreads();
     }
-    float2* out = (float2*)(s.sums + item.index * (GROUP * DIM));
+    float2* out = (float2*)(s.sums + (i64)p.index * (GROUP * DIM));
 #pragma unroll
     for (int i = 0; i < PAIRS_A_THREAD; i++)
         if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
     if (threadIdx.x < GROUP)
-        s.stats[item.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+        s.stats[(i64)p.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
 }
 
 // query (rows, heads, DIM): strides in elements.
 struct Queries { i64 layer; const u16* query; i64 row, head; };
 
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS) gather_rows(const State s, const Queries q) {
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(
+    const State s, const Queries q
+) {
     __shared__ __align__(16) Attention a;
-    __shared__ Chosen chosen;
+    __shared__ Chosen lists[2];
     __shared__ float2 shares[GROUP];
     const int rows = rows_of(s);
     Item item;
-    i64 begin, end;
+    Pending pending = {};
+    Flight flight;
+    int begin, end;
     u64 seed = 0;
     float tau = 0;
+    int queries = 0;
     range_of(s, begin, end);
-    for (i64 index = begin; index < end; index++) {
-        const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
-        if (item.page >= pages_of(item.row)) continue;
-        const i64 unit = item.row.number * s.heads + item.head;
-        if (fresh) {
-            for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
-                a.queries[i / DIM][i % DIM] =
-                    q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
-            if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
-            seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
-            tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
-            if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
-            __syncthreads();
+    let_next_start();
+    wait_for_previous();
+    for (int index = begin; index <= end; index++) {  // one turn more, for the last page's rows
+        Pending next = {};
+        if (index < end) {
+            const bool fresh = find(s, rows, index, index == begin, item);
+            if (item.page >= pages_of(item.row)) continue;
+            if (fresh) {
+                const i64 unit = item.row.number * s.heads + item.head;
+                queries ^= 1;
+                for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
+                    a.queries[queries][i / DIM][i % DIM] =
+                        q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
+                if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
+                seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
+                tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
+                if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
+                __syncthreads();
+            }
+            next = Pending{arena_row(s, item.host_page, q.layer, item.head, 0), index, pending.list ^ 1, queries};
+            choose(s, item, shares, tau, seed, lists[next.list]);
         }
-        choose(s, item, shares, tau, seed, chosen);
-        if (chosen.count) attend(s, item, arena_row(s, item.host_page, q.layer, item.head, 0), chosen, a);
-        __syncthreads();
+        attend(s, pending, next, lists, a, flight);
+        pending = next;
     }
 }
 
@@ -259,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const Sta
         Item item;
         item.row = row_at(s, (int)(unit / s.heads));
         item.head = (int)(unit % s.heads);
-        item.from = item.row.first * s.heads + (i64)item.head * item.row.entries;
+        item.from = (item.row.first * (int)s.heads) + item.head * item.row.entries;
         __syncthreads();
         if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
         __syncthreads();
@@ -270,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const Sta
             item.keys = min(item.row.tokens - item.page * PAGE, PAGE);
             u32 chances[4];
             chances_of(s, item, shares, s.taus[unit], chances);
-            const u32 taken = s.taken[item.index * GATHER_THREADS + threadIdx.x];
+            const u32 taken = s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x];
             int all, place = place_of(taken, all);
             for (int k = 0; k < 4; k++)
                 if (taken >> k & 1 && written + place < lists.capacity) {

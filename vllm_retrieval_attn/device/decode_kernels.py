@@ -18,8 +18,11 @@ _FOLDER = Path(__file__).parent
 _MAIN = "decode.cu"
 _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
-    "merge_parts": 256, "list_rows": 256,
+    "merge_parts": 512, "list_rows": 256,
 }  # fmt: skip
+_CHAINED = ("score_keys", "weigh_keys", "gather_rows", "merge_parts")
+"""Kernels that follow another one of a layer on the same stream: they may begin before it ends (decode_common.cuh).
+What follows FlashAttention, or a join of streams, waits as usual: ``weigh`` where ``joins`` says so."""
 _BIN_WORDS = 257
 
 
@@ -119,7 +122,7 @@ def _called(what: str, result: Any) -> Any:
 
 
 @cache
-def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
+def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
     """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
 
     Raises:
@@ -143,7 +146,7 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str, defines: tuple[
         raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
     options = [
         f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
-        f"-DBFLOAT16={int(dtype == 'bfloat16')}", *defines,
+        f"-DBFLOAT16={int(dtype == 'bfloat16')}",
     ]  # fmt: skip
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:
@@ -163,12 +166,13 @@ class DecodeKernels:
     part must be there before ``weigh``. Rows beyond the descriptor's, and rows without host tokens, are left alone.
     """
 
-    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, defines: tuple[str, ...] = ()) -> None:
+    def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch, joins: bool = True) -> None:
+        """``joins``: FlashAttention's part may come from another stream, joined before ``weigh``."""
         self.geometry, self.buffers, self.work = geometry, buffers, work
+        self._chained = [name for name in _CHAINED if not (joins and name == "weigh_keys")]
         properties = torch.cuda.get_device_properties(buffers.sketch.device)
-        self._load(compile_kernels(
-            geometry.dim, geometry.group, geometry.dtype, f"sm_{properties.major}{properties.minor}", defines
-        ))  # fmt: skip
+        arch = f"sm_{properties.major}{properties.minor}"
+        self._load(compile_kernels(geometry.dim, geometry.group, geometry.dtype, arch))
         every = properties.multi_processor_count
         units = geometry.rows * geometry.kv_heads
         self._grids = {
@@ -182,16 +186,21 @@ class DecodeKernels:
                 self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], _THREADS[name], 0)
             )
             self._grids[name] = min(max(blocks, 1) * every, geometry.items)
+        self._configs = {name: self._config(name, properties.major >= 9) for name in _THREADS}
         self.move(buffers)
 
     def move(self, buffers: Buffers) -> None:
         """Use other buffers from now on; a graph that is captured already keeps those that it knows."""
         self.buffers = buffers
         self._check_buffers()
-        g, b = self.geometry, buffers
+        self._state = self._packed_state()
+
+    def _packed_state(self) -> np.ndarray[Any, Any]:
+        """Struct State of decode_common.cuh."""
+        g, b = self.geometry, self.buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
-        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries, *self.work)
-        self._state = _packed(*fixed, float(g.scale), *addresses)
+        addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries)
+        return _packed(*fixed, float(g.scale), *addresses, *self.work)
 
     def _check_buffers(self) -> None:
         g, b = self.geometry, self.buffers
@@ -221,6 +230,18 @@ class DecodeKernels:
         for function in self._functions.values():  # lazy loading takes the context's lock until the GPU drains
             self._called(driver.cuFuncLoad(function))
 
+    def _config(self, name: str, chains: bool) -> Any:
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._grids[name], 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS[name], 1, 1
+        if chains and name in self._chained:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
+
     @staticmethod
     def _called(result: Any) -> Any:
         return _called("a CUDA call of the decode kernels", result)
@@ -228,9 +249,9 @@ class DecodeKernels:
     def _launch(self, name: str, *more: np.ndarray[Any, Any]) -> None:
         arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
         stream = torch.cuda.current_stream().cuda_stream
-        grid, block = (self._grids[name], 1, 1), (_THREADS[name], 1, 1)
-        function, address = self._functions[name], arguments.ctypes.data
-        self._called(self._driver.cuLaunchKernel(function, *grid, *block, 0, stream, address, 0))
+        config = self._configs[name]
+        config.hStream = stream
+        self._called(self._driver.cuLaunchKernelEx(config, self._functions[name], arguments.ctypes.data, 0))
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
         """K and V of the rows' new tokens to their host pages, their codes to the sketch, the queries as integers.

@@ -2,7 +2,7 @@
 #pragma once
 #include "decode_weigh.cuh"
 
-constexpr int MERGE_THREADS = 256, MERGE_WARPS = MERGE_THREADS / 32;
+constexpr int MERGE_THREADS = 512, MERGE_WARPS = MERGE_THREADS / 32;
 constexpr int QUADS = DIM / 4, QUADS_A_LANE = (QUADS + 31) / 32;
 
 // out (rows, heads, DIM): strides in elements.
@@ -19,35 +19,34 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// Sums over the pages that a warp takes (every MERGE_WARPS-th): four outputs in each of `sums`, and the total.
-__device__ __forceinline__ float add_pages(
-    const State& s, i64 from, int pages, int g, float top, float4 (&sums)[QUADS_A_LANE]
+// Sums over the pages that a warp takes (every MERGE_WARPS-th) of those with `factors`. Pages without rows have factor
+// 0 and are loaded all the same, so that many loads are under way at once; what they hold is not used.
+__device__ __forceinline__ void add_pages(
+    const float* sums, const float* factors, int pages, float4 (&found)[QUADS_A_LANE]
 ) {
     const int lane = threadIdx.x & 31;
-    float total = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int p = threadIdx.x >> 5; p < pages; p += MERGE_WARPS) {
-        if (s.counts[from + p] == 0) continue;
-        const float2 stat = s.stats[(from + p) * GROUP + g];
-        const float factor = __expf(stat.x - top);
-        total += factor * stat.y;
-        const float4* part = (const float4*)(s.sums + ((from + p) * GROUP + g) * DIM);
+        const float factor = factors[p];
+        const float4* part = (const float4*)(sums + (i64)p * GROUP * DIM);
 #pragma unroll
         for (int i = 0; i < QUADS_A_LANE; i++)
             if (lane + 32 * i < QUADS) {
                 const float4 x = part[lane + 32 * i];
-                sums[i].x += factor * x.x, sums[i].y += factor * x.y;
-                sums[i].z += factor * x.z, sums[i].w += factor * x.w;
+                found[i].x += factor > 0 ? factor * x.x : 0, found[i].y += factor > 0 ? factor * x.y : 0;
+                found[i].z += factor > 0 ? factor * x.z : 0, found[i].w += factor > 0 ? factor * x.w : 0;
             }
     }
-    return total;
 }
 
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const State s, const Paged paged, const Merged m) {
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
+    const State s, const Paged paged, const Merged m
+) {
     __shared__ __align__(16) float parts[MERGE_WARPS][DIM];
-    __shared__ float totals[MERGE_WARPS];
+    __shared__ float factors[MERGE_THREADS], totals[MERGE_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const i64 all = rows_of(s) * s.heads * GROUP;
+    wait_for_previous();
     for (i64 i = blockIdx.x; i < all; i += gridDim.x) {
         const int g = (int)(i % GROUP), head = (int)(i / GROUP % s.heads);
         const Row row = row_at(s, (int)(i / GROUP / s.heads));
@@ -69,7 +68,21 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(const St
         }
         if (top == MINUS_INF) top = 0;
         float4 sums[QUADS_A_LANE] = {};
-        const float total = add_pages(s, from, pages, g, top, sums);
+        float total = 0;
+        for (int begin = 0; begin < pages; begin += MERGE_THREADS) {
+            const i64 at = from + begin + threadIdx.x;
+            float factor = 0;
+            if (begin + threadIdx.x < pages && s.counts[at]) {
+                const float2 stat = s.stats[at * GROUP + g];
+                factor = __expf(stat.x - top);
+                total += factor * stat.y;
+            }
+            __syncthreads();
+            factors[threadIdx.x] = factor;
+            __syncthreads();
+            add_pages(s.sums + ((from + begin) * GROUP + g) * DIM, factors, min(pages - begin, MERGE_THREADS), sums);
+        }
+        for (int o = 1; o < 32; o <<= 1) total += __shfl_xor_sync(ALL, total, o);
 #pragma unroll
         for (int j = 0; j < QUADS_A_LANE; j++)
             if (lane + 32 * j < QUADS) ((float4*)parts[warp])[lane + 32 * j] = sums[j];

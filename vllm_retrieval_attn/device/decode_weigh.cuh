@@ -14,7 +14,7 @@ __device__ __forceinline__ void whole_attention(const State& s, const Paged& pag
     const int lane = threadIdx.x & 31, pages = pages_of(item.row);
     for (int g = threadIdx.x / 32; g < GROUP; g += WEIGH_THREADS / 32) {
         const float outside = no_keys(paged.lse[(item.head * GROUP + g) * paged.head + item.row.number * paged.row]);
-        const float2* records = s.records + item.from * GROUP + g;
+        const float2* records = s.records + (i64)item.from * GROUP + g;
         float top = outside;
         for (int p = lane; p < pages; p += 32) top = fmaxf(top, records[p * GROUP].x);
         for (int o = 1; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
@@ -32,8 +32,8 @@ __device__ __forceinline__ void whole_attention(const State& s, const Paged& pag
 }
 
 // Weights of the thread's four keys, from the stored scores.
-__device__ __forceinline__ void weights_of(const State& s, i64 index, const float2* shares, float (&weights)[4]) {
-    const i64 tile = index * TILES + threadIdx.x / 32;
+__device__ __forceinline__ void weights_of(const State& s, int index, const float2* shares, float (&weights)[4]) {
+    const i64 tile = (i64)index * TILES + threadIdx.x / 32;
     const uint2* scores = (const uint2*)(s.scores + tile * (GROUP * TILE)) + (threadIdx.x & 31);
     const float* tops = s.tops + tile * GROUP;
 #pragma unroll
@@ -63,10 +63,12 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     __shared__ u32 counts[BINS], lows[BINS], rest;
     const int rows = rows_of(s), thread = threadIdx.x;
     Item item;
-    i64 begin, end;
+    int begin, end;
     range_of(s, begin, end);
-    for (i64 index = begin; index < end; index++) {
-        const bool fresh = find(s, rows, index, index == begin, item) || item.page == 0;
+    let_next_start();
+    wait_for_previous();
+    for (int index = begin; index < end; index++) {
+        const bool fresh = find(s, rows, index, index == begin, item);
         if (reads_all(item.row)) continue;
         const i64 unit = item.row.number * s.heads + item.head;
         if (fresh) {
@@ -89,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
             for (int k = 0; k < 4; k++) {
                 if (4 * thread + k >= item.keys) continue;
                 const u32 bits = __float_as_uint(weights[k]);
-                const int bin = (int)(bits >> BIN_SHIFT) - FIRST_BIN;
+                const int bin = min((int)(bits >> BIN_SHIFT) - FIRST_BIN, BINS - 1);
                 if (bin >= last) {
                     atomicAdd(&counts[bin], 1u);
                     atomicAdd(&lows[bin], bits & ((1u << BIN_SHIFT) - 1));

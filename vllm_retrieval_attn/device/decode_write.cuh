@@ -139,6 +139,7 @@ __device__ __forceinline__ void write_queries(
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS) write_tokens(const State s, const NewTokens t) {
     __shared__ float scratch[GROUP][PADDED];
     const i64 items = rows_of(s) * s.heads * 2;
+    let_next_start();
     for (i64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Row row = row_at(s, (int)(i / (2 * s.heads)));
         const int head = (int)(i / 2 % s.heads);

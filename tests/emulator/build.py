@@ -1,0 +1,72 @@
+"""The decode kernels on a CPU: sources compiled by g++ with cuda_on_cpu.hpp, behind the interface of DecodeKernels."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+
+from vllm_retrieval_attn.device import decode_kernels
+from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
+
+AVAILABLE = shutil.which("g++") is not None
+_PARTS = ("common", "write", "score", "weigh", "gather", "merge")
+_SIGNATURES = {
+    "write_tokens": "*(NewTokens*)a[1]",
+    "encode_tokens": "*(i64*)a[1], *(const float**)a[2], *(const i64**)a[3], *(i64*)a[4]",
+    "score_keys": "*(i64*)a[1]",
+    "weigh_keys": "*(Paged*)a[1]",
+    "gather_rows": "*(Queries*)a[1]",
+    "merge_parts": "*(Paged*)a[1], *(Merged*)a[2]",
+    "list_rows": "*(Lists*)a[1]",
+}
+_PTX = (
+    (r'asm\("cvt\.f32\.f16.*?\);', "y = ptx_of_half(x);"),
+    (r'asm\("cvt\.rn\.f16\.f32.*?\);', "y = ptx_to_half(x);"),
+    (r'asm\("cvt\.rn\.bf16\.f32.*?\);', "y = ptx_to_bfloat16(x);"),
+    (r'asm\("mma\.sync.*?\);', "ptx_mma(c, a0, a1, a2, a3, b0, b1);"),
+)
+BLOCKS = 5
+"""Blocks of every launch: few, so that a block meets several heads and rows."""
+
+
+@cache
+def library(dim: int, group: int, dtype: str) -> ctypes.CDLL:
+    """Compile the kernels of one shape."""
+    device, folder = Path(decode_kernels.__file__).parent, Path(mkdtemp(prefix="emulated-kernels-"))
+    source = "\n".join((device / f"decode_{part}.cuh").read_text() for part in _PARTS)
+    source = re.sub(r'#include "decode_.*|#pragma once', "", source)
+    for pattern, replacement in _PTX:
+        source = re.sub(pattern, replacement, source, flags=re.DOTALL)
+    entries = "\n".join(
+        f'extern "C" void run_{name}(int blocks, int threads, void** a) '
+        f"{{ emulator::launch(blocks, threads, [=] {{ {name}(*(State*)a[0], {arguments}); }}); }}"
+        for name, arguments in _SIGNATURES.items()
+    )
+    (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.hpp"\n{source}\n{entries}\n')
+    # Each library has static variables of its own: no unique symbols across them.
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    shape = [f"-DDIM={dim}", f"-DGROUP={group}", f"-DBFLOAT16={int(dtype == 'bfloat16')}"]
+    subprocess.run(
+        ["g++", *options, "-fno-gnu-unique", *shape, f"-I{Path(__file__).parent}", "-o", "kernels.so", "kernels.cpp"],
+        cwd=folder, check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+class EmulatedKernels(DecodeKernels):
+    """DecodeKernels over tensors of the CPU."""
+
+    def __init__(self, geometry, buffers, work):
+        self.geometry, self.buffers, self.work = geometry, buffers, work
+        self._library = library(geometry.dim, geometry.group, geometry.dtype)
+        self._state = self._packed_state()
+
+    def _launch(self, name, *more):
+        arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
+        threads = decode_kernels._THREADS[name]
+        getattr(self._library, f"run_{name}")(BLOCKS, threads, ctypes.c_void_p(arguments.ctypes.data))
