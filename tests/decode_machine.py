@@ -8,6 +8,7 @@ import torch
 from vllm_retrieval_attn.device import decode_twin as twin
 from vllm_retrieval_attn.device.decode_kernels import Buffers, scratch, scratch_bytes
 from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, items_of
+from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
 from vllm_retrieval_attn.sketch.space import Space, balanced_for, rotation
@@ -294,3 +295,28 @@ def check_missing_pages(machine):
     assert counts[items_of(bad, 3, 0, machine.geometry)].sum() == 0
     assert torch.equal(inputs[3][1:], before[1:])
     assert inputs[3].isfinite().all()
+
+
+def check_host_part(machine):
+    """What is read back of a row alone is its attention to the rows read, and those."""
+    g = machine.geometry
+    rows = batch(g, machine.random)
+    machine.fill_sketch(rows)
+    inputs = machine.inputs()
+    machine.run(rows, inputs)
+    for number in (0, 2):
+        row = rows[number]
+        found = host_part(machine.kernels, rows, number)
+        ids, log_pi, counts = machine.kernels.chosen(row.tokens)
+        for head in range(g.kv_heads):
+            count = int(counts[number, head])
+            read = ids[number, head, :count].cpu().numpy()
+            np.testing.assert_array_equal(found.chosen[head], read)
+            host = machine.arena[list(row.host_pages), LAYER, head].float().numpy()
+            keys, values = (host[:, :, i].reshape(-1, g.dim) for i in (0, 1))
+            mine = slice(head * g.group, (head + 1) * g.group)
+            asked = inputs[0][number, mine].float().cpu().numpy()
+            of = log_pi[number, head, :count].cpu().numpy()
+            out, lse = sampling.attend(keys, values, asked, g.scale, read, of)
+            np.testing.assert_allclose(found.out[mine], out, atol=2e-3, rtol=2e-3)
+            np.testing.assert_allclose(found.lse[mine], lse, atol=2e-3)

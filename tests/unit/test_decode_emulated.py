@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.decode_machine import Machine, check_codes, check_layer, check_long_row, check_missing_pages
+from tests.decode_machine import Machine, check_codes, check_host_part, check_layer, check_long_row, check_missing_pages
 from tests.emulator.build import AVAILABLE, EmulatedKernels
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++")
@@ -34,3 +34,7 @@ def test_codes_of_many_tokens_are_those_of_the_twin():
 
 def test_pages_that_do_not_exist_are_skipped():
     check_missing_pages(machine_of(128, 4))
+
+
+def test_a_row_read_back_is_attention_to_what_it_read():
+    check_host_part(machine_of(80, 3))

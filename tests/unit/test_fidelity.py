@@ -9,8 +9,12 @@ import torch
 
 from tests.unit.layouts import make_layout
 from tests.unit.rings import Ring
+from vllm_retrieval_attn.core.options import SearchOptions
 from vllm_retrieval_attn.device.fidelity import FIGURES, DecodeSampler
+from vllm_retrieval_attn.device.sketch_plan import SketchPlan
+from vllm_retrieval_attn.device.sketch_probe import HostPart
 from vllm_retrieval_attn.store.layout import ROW_INDEXED, ROW_LIMIT, ROW_TABLE
+from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.workers.prober import Prober
 
 LAYERS, TOKENS, INDEXED = 2, 3000, 2816
@@ -34,7 +38,7 @@ class Probed:
         self.paged, self.paged_lse = torch.randn(1, 4, 64), torch.randn(1, 4) + 5
 
     def step(self, spoil=0.0):
-        plan = SimpleNamespace(decode_rows=self.message, probe=-1)
+        plan = SimpleNamespace(decode_rows=self.message, probe=-1, sketch=None)
         self.sampler.begin(plan)
         for layer in range(LAYERS):
             found, lse = self.ring.ask(layer, self.message, plan.probe)
@@ -140,3 +144,37 @@ def test_every_figure_is_told(probed):
     one = probed()
     one.step()
     assert set(one.compared()["layers 0-0"]) == set(FIGURES)
+
+
+def test_a_row_that_the_sketch_answered_is_compared_alike(probed):
+    """The same rows, read by the workers and then told as those of a sketch, give the same figures."""
+    one = probed()
+    assert one.step() == 0
+    by_workers = one.compared()
+    ring, sampler = one.ring, one.sampler
+    chosen = ring.views.chosen.copy()
+    plan = SketchPlan()
+    plan.add_empty(0)
+    store = RequestStore("r", 1, int(one.message[0, ROW_TABLE]), 1, pages=[0], codes=[0])
+    plan.add(store, 1, TOKENS, -1, TOKENS + 700, SearchOptions(rows=300))
+    step = SimpleNamespace(decode_rows=np.empty((0, 8), np.int64), probe=-1, sketch=plan)
+    assert sampler.draw() is True
+    sampler.begin(step)
+    assert (plan.probe, sampler.active) == (1, False)
+    for layer in range(LAYERS):
+        found, lse = ring.ask(layer, one.message, 0)
+        ids = [chosen[layer, head, 1 : 1 + chosen[layer, head, 0]] for head in range(2)]
+        ids = [np.concatenate((part, np.arange(INDEXED, TOKENS, dtype=np.int32))) for part in ids]
+        told = HostPart(found[0].numpy(), lse[0].numpy(), ids)
+        query = ring.queries[0].float().numpy()
+        sampler.record_sketched(layer, query, told, one.paged[0].numpy(), one.paged_lse[0].numpy())
+    sampler.end()
+    deadline = time.monotonic() + 60
+    while ring.views.probing():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sampler.figures().keys() == by_workers.keys()
+    assert sampler.probes == 2
+    for layers, figures in sampler.figures().items():
+        for name, value in figures.items():
+            assert value == pytest.approx(by_workers[layers][name], abs=2e-4), name

@@ -17,7 +17,7 @@ PAGE = 1024
 
 def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
     made = object.__new__(RetrievalWorker)
-    made._default_options, made._options = SearchOptions(), {}
+    made._default_options, made._options, made.sampler = SearchOptions(), {}, None
     made.sketch = SimpleNamespace(codes=codes) if codes is not None else None
     layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
     made.arena = SimpleNamespace(requests={store.request_id: store for store in stores}, layout=layout)
@@ -72,3 +72,13 @@ def test_a_request_about_to_lose_its_codes_may_not():
 def test_without_a_sketch_nothing_is_asked():
     made = worker(None, store("a", 10, []))
     assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is False
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_step_that_is_to_be_compared_may_not(drawn):
+    codes, held = CodePages(3), []
+    codes.grow(held, 1)
+    made = worker(codes, store("a", 10, held))
+    made.sampler = SimpleNamespace(draw=lambda: drawn)
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is drawn
+    assert needs_pieces(made, StepMessage(resident={"b"}), b=1) is False  # nothing to compare

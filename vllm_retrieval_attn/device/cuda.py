@@ -15,6 +15,7 @@ from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror
 from vllm_retrieval_attn.device.prefill_stream import Stage, stream_of
 from vllm_retrieval_attn.device.sketch import current_sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
+from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.pinning import Pinner
 
@@ -195,10 +196,18 @@ class CudaLayer:
         """Rows whose host tokens the GPU chooses from, outside of a graph."""
         tokens, kernels = worker.cuda.plan(plan).sketch_tokens, worker.sketch.kernels
         query, key, value = (part.index_select(0, tokens) for part in inputs)
-        out = output.index_select(0, tokens)
+        out, paged_lse = output.index_select(0, tokens), lse.index_select(1, tokens)
+        assert plan.sketch is not None
+        probe = plan.sketch.probe
+        paged = out[probe].float().cpu().numpy() if probe >= 0 else None
         kernels.before(layer, key, value, query)
-        kernels.after(layer, query, out, lse.index_select(1, tokens))
+        kernels.after(layer, query, out, paged_lse)
         output.index_copy_(0, tokens, out)
+        if paged is not None:
+            assert worker.sampler is not None
+            found = host_part(kernels, plan.sketch.rows, probe)
+            asked, of_pages = query[probe].float().cpu().numpy(), paged_lse[:, probe].cpu().numpy()
+            worker.sampler.record_sketched(layer, asked, found, paged, of_pages)
 
     def _mirror(
         self,

@@ -21,6 +21,7 @@ from vllm_retrieval_attn.store.layout import (
     PROBE_VALID,
     ROW_INDEXED,
     ROW_TABLE,
+    TAU_UNIT,
     WORD_PROBES,
     Layout,
 )
@@ -28,6 +29,7 @@ from vllm_retrieval_attn.workers.sync import full_fence
 
 if TYPE_CHECKING:
     from vllm_retrieval_attn.device.plan import StepPlan
+    from vllm_retrieval_attn.device.sketch_probe import HostPart
     from vllm_retrieval_attn.store.views import Views
 
 RUNNING = 50
@@ -59,6 +61,8 @@ class DecodeSampler:
         self._layout, self._views, self._share = layout, views, share
         self._random = random.Random(0)
         self._probed: int | None = None
+        self._drawn: bool | None = None
+        self._by_workers = True
         self._waiting = False
         self._layers_seen = 0
         self._figures = np.zeros((layout.layers, len(FIGURES)))
@@ -68,18 +72,38 @@ class DecodeSampler:
     @property
     def active(self) -> bool:
         """Whether the layers of this step are to be given to :meth:`record`."""
-        return self._probed is not None
+        return self._probed is not None and self._by_workers
+
+    def draw(self) -> bool:
+        """Whether the step about to run is to be looked at; it may then not be one graph."""
+        self._poll()
+        self._drawn = not self._waiting and self._random.random() < self._share
+        return self._drawn
 
     def begin(self, plan: "StepPlan") -> None:
-        """Choose what to look at in a step; sets ``plan.probe``."""
-        self._poll()
-        self._probed, self._layers_seen = None, 0
+        """Choose what to look at in a step; sets ``plan.probe``, or that of its sketch."""
+        drawn = self.draw() if self._drawn is None else self._drawn
+        self._probed, self._layers_seen, self._drawn = None, 0, None
+        if not drawn:
+            return
         searched = [row for row, message in enumerate(plan.decode_rows) if message[ROW_INDEXED] > 0]
-        if searched and not self._waiting and self._random.random() < self._share:
-            self._probed = plan.probe = self._random.choice(searched)
-            numbers = self._views.probe_numbers
+        sketched = [row for row, of in enumerate(plan.sketch.rows) if of.tokens > 0] if plan.sketch is not None else []
+        if not searched and not sketched:
+            return
+        number = self._random.randrange(len(searched) + len(sketched))
+        numbers = self._views.probe_numbers
+        self._by_workers = number < len(searched)
+        if self._by_workers:
+            self._probed = plan.probe = searched[number]
             numbers[PROBE_ROW:] = plan.decode_rows[self._probed]
-            numbers[PROBE_VALID] = 1
+        else:
+            assert plan.sketch is not None
+            self._probed = plan.sketch.probe = sketched[number - len(searched)]
+            row = plan.sketch.rows[self._probed]
+            # All host tokens are searched by their codes.
+            of = (row.tokens, row.tokens, row.position, row.limit, round(row.tau / TAU_UNIT), row.seed)
+            numbers[PROBE_ROW:] = (*plan.sketch.tables[self._probed], *of)
+        numbers[PROBE_VALID] = 1
 
     def record(
         self, layer: int, queries: Any, found: Floats, found_lse: Floats, paged: Floats, paged_lse: Floats
@@ -90,12 +114,23 @@ class DecodeSampler:
             queries: (rows, heads, d) tensor in host memory, unscaled. found, found_lse: (rows, heads, d) and
                 (rows, heads), the host's answer. paged, paged_lse: likewise, over sinks and window.
         """
-        dim, row = self._layout.dim, self._probed
+        row = self._probed
         assert row is not None
+        self._keep(layer, queries[row].float().numpy(), (found[row], found_lse[row]), (paged[row], paged_lse[row]))
+
+    def record_sketched(self, layer: int, query: Floats, found: "HostPart", paged: Floats, paged_lse: Floats) -> None:
+        """The same of a row that the sketch has answered: (heads, d), (heads,)."""
+        for head, ids in enumerate(found.chosen):
+            kept = self._views.chosen[layer, head]
+            kept[0], kept[1 : 1 + len(ids)] = len(ids), ids
+        self._keep(layer, query, (found.out, found.lse), (paged, paged_lse))
+
+    def _keep(self, layer: int, query: Floats, found: tuple[Floats, Floats], paged: tuple[Floats, Floats]) -> None:
+        dim = self._layout.dim
         target = self._views.probe[layer]
-        target[:, :dim] = queries[row].float().numpy()
-        target[:, dim : 2 * dim], target[:, 3 * dim] = found[row], found_lse[row]
-        target[:, 2 * dim : 3 * dim], target[:, 3 * dim + 1] = paged[row], paged_lse[row]
+        target[:, :dim] = query
+        target[:, dim : 2 * dim], target[:, 3 * dim] = found
+        target[:, 2 * dim : 3 * dim], target[:, 3 * dim + 1] = paged
         self._layers_seen += 1
 
     def end(self) -> None:

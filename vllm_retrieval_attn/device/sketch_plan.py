@@ -21,7 +21,8 @@ def _none() -> Ints:
 class SketchPlan:
     """Attributes:
     rows: of the descriptor (device/decode_step.py). ids: request of each, None for one that has nothing on the host.
-    tokens: batch token of each row.
+    tokens: batch token of each row. tables: page table and its generation of each row.
+    probe: row to compare with exact attention, -1: none.
     encode_tokens, encode_pages, encode_offsets, encode_spaces: batch tokens to code, where, and in which space; a
         graph codes its own.
     """
@@ -29,6 +30,8 @@ class SketchPlan:
     rows: list[StepRow] = field(default_factory=list)
     ids: list[str | None] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    tables: list[tuple[int, int]] = field(default_factory=list)
+    probe: int = -1
     encode_tokens: Ints = field(default_factory=_none)
     encode_pages: Ints = field(default_factory=_none)
     encode_offsets: Ints = field(default_factory=_none)
@@ -36,7 +39,7 @@ class SketchPlan:
 
     def add_empty(self, token: int) -> None:
         """A row that the kernels leave alone."""
-        self._add(None, token, StepRow(0, -1, 0, 0, 1.0, 0, 0, (), ()))
+        self._add(None, token, StepRow(0, -1, 0, 0, 1.0, 0, 0, (), ()), (-1, 0))
 
     def add(
         self, store: RequestStore, token: int, attended: int, write: int, position: int, how: SearchOptions
@@ -45,12 +48,13 @@ class SketchPlan:
         row = StepRow(
             attended, write, position, how.rows, how.tau, how.seed, store.space, tuple(store.pages), tuple(store.codes)
         )
-        self._add(store.request_id, token, row)
+        self._add(store.request_id, token, row, (store.slot, store.generation))
 
-    def _add(self, request_id: str | None, token: int, row: StepRow) -> None:
+    def _add(self, request_id: str | None, token: int, row: StepRow, table: tuple[int, int]) -> None:
         self.rows.append(row)
         self.ids.append(request_id)
         self.tokens.append(token)
+        self.tables.append(table)
 
     @property
     def attends(self) -> bool:

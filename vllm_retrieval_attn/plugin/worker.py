@@ -229,6 +229,9 @@ class RetrievalWorker:
         self.needs_pieces = False
         if self.sketch is None or not isinstance(message, StepMessage):
             return
+        if self.sampler is not None and message.admitted and self.sampler.draw():
+            self.needs_pieces = True
+            return
         wanted = 0
         for request_id, epoch in message.admitted.items():
             options = message.options.get(request_id) or self._options.get(request_id, self._default_options)
