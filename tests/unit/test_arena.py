@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.unit.layouts import DTYPES, make_layout
 from vllm_retrieval_attn.store.arena import Arena, ArenaFull
+from vllm_retrieval_attn.store.code_pages import CodePages
 from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, WORD_GROWTH
 from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
@@ -224,3 +225,22 @@ def test_a_thousand_requests_that_may_come_take_no_memory_before_they_do():
     assert os.stat(arena.file.path).st_blocks * 512 < taken + (1 << 20)
     del desk
     arena.close()
+
+
+def test_codes_go_with_pages_until_there_is_no_room(arena):
+    arena.codes = CodePages(3)
+    first, second = arena.open("a", 1), arena.open("b", 1)
+    arena.grow(first, 2 * 64)
+    assert first.sketched
+    assert len(first.codes) == len(first.pages) == 2
+    arena.grow(second, 2 * 64)  # one page of codes is left
+    assert (second.sketched, second.codes, len(second.pages)) == (False, [], 2)
+    assert (arena.uncoded, arena.codes.used) == (1, 2)
+    arena.grow(second, 3 * 64)
+    assert arena.uncoded == 1
+    arena.release("a", 1)
+    assert arena.codes.used == 0
+    arena.release("b", 1)
+    again = arena.open("b", 2)
+    arena.grow(again, 64)
+    assert again.sketched

@@ -422,6 +422,9 @@ class RetrievalWorker:
                 "actor_pids": self.pool.pids(),
                 "path": self.arena.file.path,
                 "space": "learned" if self.arena.space == LEARNED else "rotation",
+                "graph_steps": self.graph_steps,
+                "code_pages": self.sketch.codes.used if self.sketch is not None else 0,
+                "uncoded": self.arena.uncoded,
                 "probes": self.sampler.probes if self.sampler is not None else 0,
                 "fidelity": self.sampler.figures() if self.sampler is not None else {},
             }

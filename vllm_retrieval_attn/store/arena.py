@@ -39,6 +39,7 @@ class Arena:
         queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
         space: which space codes the tokens of requests that are opened from now on.
         codes: pages of the sketch on the GPU; None where there is no sketch.
+        uncoded: requests, ever, that the sketch had no room for.
         filled: every page holds synthetic K and V that requests may count on (bench/fill.py).
     """
 
@@ -61,6 +62,7 @@ class Arena:
         self.space = 0
         self.codes: CodePages | None = None
         self.filled = False
+        self.uncoded = 0
         self.requests: dict[str, RequestStore] = {}
         self.before_release: Callable[[RequestStore], None] | None = None
 
@@ -115,6 +117,7 @@ class Arena:
             if not self.codes.grow(store.codes, need):
                 self.codes.release(store.codes)
                 store.sketched = False
+                self.uncoded += 1
 
     def allow_indexing(self, store: RequestStore, tokens: int) -> None:
         """Let the actors index host tokens ``[0, tokens)``, which must have arrived in the arena."""
