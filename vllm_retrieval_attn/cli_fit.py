@@ -37,7 +37,7 @@ def fit_space(
     try:
         worker = engine.worker()
         if again:
-            worker.forget_space()
+            worker.space.forget()
         if worker.stats()["space"] == "rotation":
             content = filler() if text is None else text.read_text(errors="replace")
             prompt = engine.llm.get_tokenizer().encode(content)
@@ -47,6 +47,6 @@ def fit_space(
             engine.run([prompt[:wanted]], max_tokens=1)
         if worker.stats()["space"] != "learned":
             raise RuntimeError("no space was learned; the log above says why")
-        console.print(f"the model's space is kept in {worker.space_path}", soft_wrap=True)
+        console.print(f"the model's space is kept in {worker.space.path}", soft_wrap=True)
     finally:
         engine.close()

@@ -18,9 +18,10 @@ PAGE = 1024
 def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
     made = object.__new__(RetrievalWorker)
     made._default_options, made._options, made.sampler = SearchOptions(), {}, None
-    made.sketch = SimpleNamespace(codes=codes) if codes is not None else None
+    made.sketch = SimpleNamespace() if codes is not None else None
     layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
-    made.arena = SimpleNamespace(requests={store.request_id: store for store in stores}, layout=layout)
+    requests = {store.request_id: store for store in stores}
+    made.arena = SimpleNamespace(requests=requests, layout=layout, codes=codes)
     return made
 
 

@@ -75,7 +75,8 @@ class CpuLayer:
         write_pages(kv_cache, key, value, metadata.slot_mapping)
         if plan is not None and worker is not None:
             self._mirror(worker, layer, key, value, plan)
-            worker.learn(layer, key, query, plan)
+            if worker.space is not None:
+                worker.space.add(layer, key, query, plan)
         spans = [(row, *map(int, metadata.query_start[row : row + 2])) for row in range(len(metadata.query_lens))]
         searched = self._searched_rows(plan)
         paged = torch.empty(len(searched), *query.shape[1:])

@@ -144,7 +144,8 @@ class CudaLayer:
             host = worker.cuda
             device_plan = host.plan(plan)
             self._mirror(host, worker.arena.layout, layer, kv_cache, metadata, device_plan)
-            worker.learn(layer, key, query, plan)
+            if worker.space is not None:
+                worker.space.add(layer, key, query, plan)
             search = plan.searched
             for part in device_plan.encoded:
                 assert sketch is not None

@@ -10,17 +10,18 @@ import torch
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.core.timings import Timings
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
-from vllm_retrieval_attn.device.learning import SpaceLearner
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
+from vllm_retrieval_attn.plugin.ahead import needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
-from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION, Space
+from vllm_retrieval_attn.sketch.space import LEARNED
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import Layout
-from vllm_retrieval_attn.store.space_file import load_space, save_space, space_path
+from vllm_retrieval_attn.store.space_file import space_path
 from vllm_retrieval_attn.workers.client import RingClient, WorkersUnavailable
 from vllm_retrieval_attn.workers.pool import ActorPool
 from vllm_retrieval_attn.workers.sync import check_platform
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.core.config import ResolvedConfig
     from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
     from vllm_retrieval_attn.store.requests import RequestStore
-
-LEARN_LEAST = 64
-"""Fewer new tokens of a request are not worth taking into account for its space."""
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -71,7 +69,8 @@ class RetrievalWorker:
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
         graph_steps: steps that replayed one graph.
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
-        sampler: of steps to compare with exact attention; None without an index.
+        sampler: of steps to compare with exact attention; None without an index. space: that codes are made in,
+            likewise.
         timings: where decode time goes.
     """
 
@@ -92,7 +91,7 @@ class RetrievalWorker:
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.hosted = config.index != "none"
         self.sampler: DecodeSampler | None = None
-        self._learner: SpaceLearner | None = None
+        self.space: ModelSpace | None = None
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
         self.sketch: Any = None
@@ -123,8 +122,8 @@ class RetrievalWorker:
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
-            self.space_path = space_path(model_identity(vllm_config), rank, config.ranks)
-            self._take_space()
+            path = space_path(model_identity(vllm_config), rank, config.ranks)
+            self.space = ModelSpace(path, self.arena, self.sketch, config.sink_end)
         self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
         begin = time.monotonic()
         try:
@@ -175,52 +174,6 @@ class RetrievalWorker:
             indexed=config.index == "attention",
         )
 
-    # ---- the model's space
-
-    def _take_space(self) -> None:
-        """Use the space that an earlier start has learned, or learn it from the first long prompt."""
-        lay = self.arena.layout
-        space = load_space(self.space_path, lay.layers * lay.kv_heads, lay.dim)
-        if space is None:
-            self._learner = SpaceLearner(lay.layers)
-            return
-        self._keep_space(space)
-        logger.info("retrieval: the model's space is taken from %s", self.space_path)
-
-    def _keep_space(self, space: Space) -> None:
-        self.arena.views.keep_space(space)
-        if self.sketch is not None:
-            self.sketch.set_space(space)
-        self.arena.space = LEARNED
-
-    def forget_space(self) -> None:
-        """Learn the model's space anew, from the next prompt that is long enough."""
-        self.arena.space = ROTATION
-        self._learner = SpaceLearner(self.arena.layout.layers)
-
-    def learn(self, layer: int, key: torch.Tensor, query: torch.Tensor, plan: StepPlan) -> None:
-        """Learn from the step's longest row, while the model's space is not known. Shapes as in device/cpu.py."""
-        first, last = plan.longest
-        if self._learner is not None and last > first:
-            self._learner.add(layer, key[first:last], query[first:last])
-
-    def _learn_space(self) -> None:
-        """Learn once there is enough; at the end of a step, so that it depends on no clock."""
-        if self._learner is None or not self._learner.complete:
-            return
-        begin = time.monotonic()
-        try:
-            space = self._learner.space()
-        except ValueError as error:
-            logger.warning("retrieval: no space is learned from this prompt: %s", error)
-            self._learner = SpaceLearner(self.arena.layout.layers)
-            return
-        self._learner = None
-        self._keep_space(space)
-        kept = save_space(self.space_path, space)
-        where = f", kept in {self.space_path}" if kept else ""
-        logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
-
     # ---- a step
 
     def look_ahead(self, scheduler_output: Any) -> None:
@@ -232,22 +185,8 @@ class RetrievalWorker:
         if self.sampler is not None and message.admitted and self.sampler.draw():
             self.needs_pieces = True
             return
-        wanted = 0
-        for request_id, epoch in message.admitted.items():
-            options = message.options.get(request_id) or self._options.get(request_id, self._default_options)
-            store = self.arena.requests.get(request_id)
-            if store is not None and store.epoch != epoch:
-                store = None  # admitted anew: it begins with codes
-            tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0)
-            held = 0
-            if store is not None:
-                tokens, held = tokens + store.tokens, len(store.codes)
-            wanted += max(0, self.arena.layout.page_tokens_owned(tokens) - held)
-            if options.exact or (store is not None and not store.sketched):
-                self.needs_pieces = True
-                return
-        codes = self.sketch.codes
-        self.needs_pieces = wanted > codes.pages - codes.used  # one of them is about to lose its codes
+        scheduled = scheduler_output.num_scheduled_tokens
+        self.needs_pieces = needs_workers(message, scheduled, self.arena, self._options_of)
 
     def begin_graph(self, attn_metadata: dict[str, "RetrievalMetadata"]) -> None:
         """A graph is about to be replayed: resolve its batch, and send the descriptor that its kernels read."""
@@ -298,29 +237,22 @@ class RetrievalWorker:
                 self.arena,
                 self._message.admitted,
                 self.config.split,
-                lambda request_id: self._options.get(request_id, self._default_options),
+                self._options_of,
                 graph,
             )
             if self.sketch is not None and not graph:
                 self.sketch.send(plan.sketch)
             self._growth.append((self._written, plan.growth))
-            self._begin_learning(metadata, plan)
+            if self.space is not None:
+                self.space.begin(metadata, plan)
             if self.sampler is not None:
                 self.sampler.begin(plan)
             if plan.searched and not self.pool.available():
                 self._fail(plan, plan.decode_ids, WorkersUnavailable("CPU workers are not back yet"))
         return metadata.plan
 
-    def _begin_learning(self, metadata: "RetrievalMetadata", plan: StepPlan) -> None:
-        if self._learner is None:
-            return
-        first, last = plan.longest
-        row = int(np.searchsorted(metadata.query_start, first, side="right")) - 1 if last > first else 0
-        first += max(0, self.config.sink_end - int(metadata.computed[row])) if last > first else 0
-        plan.longest = (first, last) if last - first >= LEARN_LEAST else (0, 0)
-        if plan.longest[1]:
-            assert metadata.request_ids is not None
-            self._learner.begin(metadata.request_ids[row], last - first)
+    def _options_of(self, request_id: str) -> SearchOptions:
+        return self._options.get(request_id, self._default_options)
 
     def _check_rows(self, metadata: "RetrievalMetadata") -> None:
         assert self._message is not None
@@ -371,7 +303,8 @@ class RetrievalWorker:
             self._count_rows()
             if self.sampler is not None:
                 self.sampler.end()
-            self._learn_space()
+            if self.space is not None:
+                self.space.end()
             self._written = self.cuda.mirrored() if self.cuda is not None else None
         if self.config.poison_freed:
             self._poison_left_blocks()
