@@ -48,7 +48,7 @@ class RetrievalManager(SingleTypeKVCacheManager):
                 self._admitting[request_id] = num_tokens
             if not self.ledger.fits(request_id, num_tokens):
                 return self.block_pool.num_gpu_blocks + 1  # more than there are: not now
-        if total_computed_tokens > num_local_computed_tokens and request_id not in self.num_cached_block:
+        if total_computed_tokens > num_local_computed_tokens and not self.req_to_blocks.get(request_id):
             sinks, first, last = self._kept(total_computed_tokens, num_tokens)
             return sinks + last - first
         return super().get_num_blocks_to_allocate(
