@@ -47,6 +47,7 @@ def doctor(
     table.add_column("GB", justify="right")
     table.add_row("KV cache of full attention, on each GPU", f"{need['full_gb']:.2f}")
     table.add_row("KV cache in pages with this backend, at most, on each GPU", f"{need['paged_gb']:.2f}")
+    table.add_row("codes of the host's keys, on each GPU", f"{need['codes_gb']:.2f}")
     table.add_row("host memory", f"{need['host_gb']:.2f}")
     console.print(table)
     for line in find.advice(need, context, len(os.sched_getaffinity(0)), tensor_parallel):

@@ -17,6 +17,7 @@ from vllm_retrieval_attn.core.config import (
     default_threads,
 )
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.store.shared_file import SHM_DIR
 
 
@@ -92,19 +93,21 @@ def needs(
     """Memory, in 10^9 bytes, for ``requests`` requests of ``context`` tokens.
 
     Returns:
-        ``full_gb``: KV cache of full attention on each GPU; ``paged_gb``: our bound on each GPU;
-        ``host_gb``: host memory of the whole engine, with codes.
+        ``full_gb``: KV cache of full attention on each GPU; ``paged_gb``: our bound on each GPU; ``codes_gb``: codes
+        of all host keys on each GPU; ``host_gb``: host memory of the whole engine, with indexes.
     """
     # Two batches may be in flight with async scheduling.
     split = Split(knobs.sink_tokens, knobs.window_tokens, knobs.resident_tokens, block_size)
     blocks = split.blocks_bound(2 * chunk_tokens)
     paged = min(blocks * block_size, context)
     host = max(0, context - knobs.sink_tokens)
-    codes = shape.layers * shape.kv_heads * shape.head_size // 2 if knobs.index == "attention" else 0
+    heads = shape.layers * shape.kv_heads if knobs.index == "attention" else 0
+    padded = -(-shape.head_size // 64) * 64
     return {
         "full_gb": requests * context * shape.bytes_per_token / GB,
         "paged_gb": requests * paged * shape.bytes_per_token / GB,
-        "host_gb": ranks * requests * host * (shape.bytes_per_token + codes) / GB,
+        "codes_gb": requests * host * heads * (padded / 2 + 2) / GB,
+        "host_gb": ranks * requests * host * (shape.bytes_per_token + heads * bytes_per_key(shape.head_size)) / GB,
     }
 
 

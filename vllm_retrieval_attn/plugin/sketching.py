@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.retrieval")
 
 
+def _least_of_ranks(pages: int, ranks: int) -> int:
+    """What every tensor-parallel rank has room for: all must agree on which requests have codes."""
+    if ranks == 1:
+        return pages
+    from vllm.distributed import get_tp_group
+
+    least = torch.tensor([pages])
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return int(least)
+
+
 def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
     """Take the memory and load the kernels of this process's sketch, once; nothing if the knobs want none.
 
@@ -53,12 +64,12 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
         pages = pages_for(geometry(1), config.host_pages, limit, free)
     except ValueError as error:  # a shape that the kernels are not written for
         raise ValueError(f"retrieval: {error}; set sketch_gb to 0, so that the CPU searches alone") from None
-    sketch = Sketch(geometry(pages), device)
+    sketch = Sketch(geometry(_least_of_ranks(pages, config.ranks)), device)
     keep_sketch(sketch)
     logger.info(
         "retrieval: codes of %d host tokens take %.2f GB of the GPU, and %.2f GB beside; host memory holds %d tokens",
-        pages * config.page_tokens,
-        pages * sketch.geometry.sketch_page_bytes / 1e9,
+        sketch.codes.pages * config.page_tokens,
+        sketch.codes.pages * sketch.geometry.sketch_page_bytes / 1e9,
         sketch.bytes / 1e9,
         config.host_tokens,
     )
