@@ -37,6 +37,12 @@ def _numbers(value: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _combined(contexts: str, batches: str, rows: str) -> list[tuple[int, int, int]]:
+    """All combinations of the three lists."""
+    numbers = _numbers(contexts, "--contexts"), _numbers(batches, "--batches"), _numbers(rows, "--rows")
+    return list(itertools.product(*numbers))
+
+
 def _ways(shape: str, ways: str) -> list[str]:
     from vllm_retrieval_attn.bench.decode import SHAPES, WAYS
 
@@ -82,8 +88,7 @@ def decode(
     from vllm_retrieval_attn.bench.decode import Load, compare
 
     asked = _ways(shape, ways)
-    numbers = _numbers(contexts, "--contexts"), _numbers(batches, "--batches"), _numbers(rows, "--rows")
-    loads = [Load(context, batch, tokens, limit) for context, batch, limit in itertools.product(*numbers)]
+    loads = [Load(context, batch, tokens, limit) for context, batch, limit in _combined(contexts, batches, rows)]
     refuse_slow_steps(_told(compare(shape, asked, loads, json.loads(options), fill), out))
 
 
@@ -125,8 +130,7 @@ def sweep(
     from vllm_retrieval_attn.bench.figures import plot_sweep
 
     asked = _ways(shape, ways)
-    numbers = _numbers(contexts, "--contexts"), _numbers(batches, "--batches"), _numbers(rows, "--rows")
-    loads = [Load(context, batch, 32, limit) for context, batch, limit in itertools.product(*numbers)]
+    loads = [Load(context, batch, 32, limit) for context, batch, limit in _combined(contexts, batches, rows)]
     found = _told(compare(shape, asked, loads, json.loads(options), True), out)
     plot_sweep(found, plot)
     refuse_slow_steps(found)
@@ -144,9 +148,8 @@ def timeline(
     from vllm_retrieval_attn.bench import kernels
     from vllm_retrieval_attn.bench.figures import plot_timeline
 
-    numbers = _numbers(contexts, "--contexts"), _numbers(batches, "--batches"), _numbers(rows, "--rows")
     asked = [
         kernels.options().parse_args(["--tokens", str(context), "--rows-batch", str(batch), "--rows", str(limit)])
-        for context, batch, limit in itertools.product(*numbers)
+        for context, batch, limit in _combined(contexts, batches, rows)
     ]
     plot_timeline(_told(map(kernels.measure, asked), out), plot)

@@ -17,6 +17,7 @@ from vllm_retrieval_attn.core.config import (
     default_threads,
 )
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.device.decode_step import code_bytes
 from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.store.shared_file import SHM_DIR
 
@@ -102,11 +103,10 @@ def needs(
     paged = min(blocks * block_size, context)
     host = max(0, context - knobs.sink_tokens)
     heads = shape.layers * shape.kv_heads if knobs.index == "attention" else 0
-    padded = -(-shape.head_size // 64) * 64
     return {
         "full_gb": requests * context * shape.bytes_per_token / GB,
         "paged_gb": requests * paged * shape.bytes_per_token / GB,
-        "codes_gb": requests * host * heads * (padded / 2 + 2) / GB,
+        "codes_gb": requests * host * heads * code_bytes(shape.head_size) / GB,
         "host_gb": ranks * requests * host * (shape.bytes_per_token + heads * bytes_per_key(shape.head_size)) / GB,
     }
 

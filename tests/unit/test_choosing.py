@@ -120,10 +120,9 @@ def test_a_search_without_python_finds_what_faiss_finds(most):
     queries[:, dim] = [-8, -4, -20]
     limits, scores, ids = shard._index.range_search(queries, 0.0)
     mine, numbers, starts = np.zeros(3 * most, np.float32), np.zeros(3 * most, np.int32), np.zeros(4, np.int64)
-    cut = search_above(native(), shard.address, queries, most, mine, numbers, starts)
+    search_above(native(), shard.address, queries, most, mine, numbers, starts)
     sizes = np.diff(limits)
     assert sizes.max() > 300 > 40 > sizes.min()
-    assert cut == (sizes > most).sum()
     assert np.array_equal(np.diff(starts), np.minimum(sizes, most))
     for i in range(3):
         mine_of, of = slice(*starts[i : i + 2]), slice(*limits[i : i + 2])

@@ -1,4 +1,4 @@
-"""Decode steps of contexts and batches, ours beside full attention in one run: `vllm-retrieval bench`.
+"""Decode steps of contexts and batches, ours beside full attention in one run: `vllm-retrieval bench decode`.
 
 Dummy weights of a published shape, so that nothing need be downloaded; times do not depend on them.
 """
@@ -108,6 +108,7 @@ def start(shape: str, way: str, loads: Sequence[Load], options: dict[str, Any]) 
         backend = "CPU_ATTN"
     rows = {load.rows for load in loads}
     knobs: dict[str, Any] = {"rows": max(rows), "max_rows": max(4096, *rows), "tau": _LEAST_TAU, "min_tau": _LEAST_TAU}
+    knobs["fidelity"] = 0.0  # a step that is compared is no graph
     given = dict(options)
     knobs |= given.pop("retrieval", {})
     changed = dict(settings)
@@ -139,8 +140,8 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         ``ttft_s`` until all requests have their first token; ``step_ms_p50``, ``step_ms_p90``, ``tokens_per_s`` of the
         decode steps after the first _SKIP; ``settled_s`` from the first token until steps take less than 1.5 times the
         median; ``gpu_bytes``, ``host_bytes`` that the requests hold at the last of them; ``rows_mean`` host rows read
-        for a KV head; ``graph``: the share of the timed steps that replayed one graph, ``degraded``: that went to the
-        CPU workers although there is a sketch; None without our backend.
+        for a KV head; ``graph``: the share of the timed steps that replayed one graph. The last two are None without
+        our backend.
     """
     import torch
 

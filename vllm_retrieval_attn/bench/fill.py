@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_retrieval_attn.bench.engine import InProcessEngine
+from vllm_retrieval_attn.device.decode_step import PAGE
 
 _STEP = 0.3
 """Of the codes: their coordinates then have a deviation of about 1.4."""
@@ -31,7 +32,7 @@ def fill(engine: InProcessEngine) -> None:
 def _fill_codes(sketch: Any) -> None:
     geometry = sketch.geometry
     blocks = sketch.pool.view(-1, geometry.block_bytes)
-    codes = geometry.block_bytes - 2 * 1024
+    codes = geometry.block_bytes - 2 * PAGE
     for part in blocks.split(1024):
         part[:, :codes].random_(0, 256)
     blocks[:, codes:].view(torch.float16).fill_(_STEP)

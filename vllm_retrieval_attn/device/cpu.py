@@ -1,6 +1,5 @@
 """The attention layer on CPU: paged part and prefill with PyTorch's kernel, decode search in the actors."""
 
-from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +70,6 @@ class CpuLayer:
             query, output: (T, heads, d). key, value: (T, kv_heads, d).
             plan: None where the batch has no host work (dummy run, index ``none``).
         """
-        begin = perf_counter_ns()
         write_pages(kv_cache, key, value, metadata.slot_mapping)
         if plan is not None and worker is not None:
             self._mirror(worker, layer, key, value, plan)
@@ -102,7 +100,7 @@ class CpuLayer:
         if searched:
             assert plan is not None
             assert worker is not None
-            self._merge_search(worker, layer, plan, begin, paged, paged_lse, output)
+            self._merge_search(worker, layer, plan, paged, paged_lse, output)
 
     @staticmethod
     def _searched_rows(plan: "StepPlan | None") -> dict[int, int]:
@@ -173,20 +171,16 @@ class CpuLayer:
         worker: "RetrievalWorker",
         layer: int,
         plan: "StepPlan",
-        begin: int,
         paged: torch.Tensor,
         paged_lse: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
         found, found_lse = torch.empty_like(paged), torch.empty_like(paged_lse)
-        waiting = perf_counter_ns()
         if not worker.collect(plan, found.numpy(), found_lse.numpy()):
             return
-        merging = perf_counter_ns()
         if worker.sampler is not None and worker.sampler.active:
             worker.sampler.record(
                 layer, worker.arena.queries, found.numpy(), found_lse.numpy(), paged.numpy(), paged_lse.numpy()
             )
         merged, _ = merge_partials(paged, paged_lse, found, found_lse)
         output[torch.from_numpy(plan.decode_tokens)] = merged.to(output.dtype)
-        worker.timings.add_layer(begin, begin, waiting, merging, perf_counter_ns(), worker.client.search_stats())

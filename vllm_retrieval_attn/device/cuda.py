@@ -1,7 +1,6 @@
 """The attention layer on CUDA: FlashAttention over the pages, search on the CPU meanwhile, merge."""
 
 from dataclasses import dataclass
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +58,6 @@ class CudaHost:
         self.mirror_done = torch.cuda.Event()
         self.written = torch.cuda.Event()
         self.queries_out = torch.cuda.Event()
-        self.posted = 0
         shape = (lay.max_rows, lay.heads, lay.dim)
         self.found = torch.empty(shape, dtype=torch.float32, pin_memory=True)
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
@@ -129,7 +127,6 @@ class CudaLayer:
         The mirror copies from the paged cache, not from ``key`` and ``value``: those live in memory that
         the next CUDA-graph piece may reuse, the cache is fenced at the end of the step.
         """
-        begin = perf_counter_ns()
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self._head_size, dim=-1)
         key_cache, value_cache = map(canonicalize_singleton_dim_strides, (key_cache, value_cache))
         if self._one is None:
@@ -183,7 +180,7 @@ class CudaLayer:
         if chosen:
             self._attend_chosen(worker, layer, plan, (query, key, value), output, lse)
         if search:
-            self._collect(worker, layer, plan, begin, output, lse)
+            self._collect(worker, layer, plan, output, lse)
 
     def _attend_chosen(
         self,
@@ -245,7 +242,6 @@ class CudaLayer:
         worker.arena.outside[:decoding].copy_(lse.index_select(1, tokens).T, non_blocking=True)
         host.queries_out.record()
         host.queries_out.synchronize()
-        host.posted = perf_counter_ns()
         worker.client.post(layer, plan.decode_rows, plan.probe)
 
     def _collect(
@@ -253,7 +249,6 @@ class CudaLayer:
         worker: "RetrievalWorker",
         layer: int,
         plan: "StepPlan",
-        begin: int,
         output: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
@@ -262,14 +257,11 @@ class CudaLayer:
         found, found_lse = host.found[:decoding], host.found_lse[:decoding]
         if not worker.collect(plan, found.numpy(), found_lse.numpy()):
             return
-        answered = perf_counter_ns()
         if worker.sampler is not None and worker.sampler.active:
             self._record(worker, layer, plan, output, lse)
         more = found.to(host.device, non_blocking=True)
         more_lse = found_lse.to(host.device, non_blocking=True)
         merge_in_place(output, lse, more, more_lse.T, host.plan(plan).decode_tokens)
-        stats = worker.client.search_stats()
-        worker.timings.add_layer(begin, host.posted, host.posted, answered, perf_counter_ns(), stats)
 
     def _record(
         self, worker: "RetrievalWorker", layer: int, plan: "StepPlan", output: torch.Tensor, lse: torch.Tensor

@@ -10,18 +10,28 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.sketch.sampling import TILE
+from vllm_retrieval_attn.store.layout import TAU_UNIT
 
 PAGE = 1024
 """Tokens of a page, of the host arena and of the sketch."""
 TILES = PAGE // TILE
 HEADER, FIELDS = 2, 8
 """int64 numbers at the descriptor's start (rows, entries), and of each row after it."""
-TAU_UNIT = 1e-12
 DIMS = (64, 80, 96, 128, 256)
 MOST_GROUP = 12
 MOST_TOKENS = 1 << 21
 """Host tokens of a row stay below this: histogram counts have 21 bits (decode_common.cuh)."""
 Numbers = npt.NDArray[np.int64]
+
+
+def padded_size(dim: int) -> int:
+    """Coordinates of a code: the head size rounded up to a multiple of 64."""
+    return -(-dim // 64) * 64
+
+
+def code_bytes(dim: int) -> int:
+    """Bytes of a key of ``dim`` dimensions in the sketch: its code and a float16 step."""
+    return padded_size(dim) // 2 + 2
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,8 @@ class Geometry:
 
     @property
     def padded(self) -> int:
-        """Coordinates of a code: the head size rounded up to a multiple of 64."""
-        return -(-self.dim // 64) * 64
+        """See padded_size."""
+        return padded_size(self.dim)
 
     @property
     def key_bytes(self) -> int:
@@ -68,7 +78,7 @@ class Geometry:
     @property
     def block_bytes(self) -> int:
         """Bytes of one layer and KV head in a sketch page: codes of 1,024 keys, then their float16 steps."""
-        return PAGE * (self.key_bytes + 2)
+        return PAGE * code_bytes(self.dim)
 
     @property
     def sketch_page_bytes(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_retrieval_attn.core.options import SearchOptions
 from vllm_retrieval_attn.core.ownership import Split
-from vllm_retrieval_attn.device.sketch_plan import SketchPlan, stacked
+from vllm_retrieval_attn.device.sketch_plan import SketchPlan, no_tokens, stacked
 from vllm_retrieval_attn.store.layout import ROW_FIELDS, TAU_UNIT
 
 if TYPE_CHECKING:
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.store.requests import RequestStore
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-
-
-def _none() -> Ints:
-    return np.empty(0, np.int64)
 
 
 @dataclass
@@ -53,16 +49,16 @@ class StepPlan:
         device: the CUDA layer's copy of the index arrays; None on CPU. stream: how its prefill rows are streamed.
     """
 
-    mirror_tokens: Ints = field(default_factory=_none)
-    mirror_pages: Ints = field(default_factory=_none)
-    mirror_offsets: Ints = field(default_factory=_none)
-    decode_tokens: Ints = field(default_factory=_none)
-    decode_rows: Ints = field(default_factory=_none)
+    mirror_tokens: Ints = field(default_factory=no_tokens)
+    mirror_pages: Ints = field(default_factory=no_tokens)
+    mirror_offsets: Ints = field(default_factory=no_tokens)
+    decode_tokens: Ints = field(default_factory=no_tokens)
+    decode_rows: Ints = field(default_factory=no_tokens)
     decode_ids: list[str] = field(default_factory=list)
     prefill: list[PrefillRow] = field(default_factory=list)
     longest: tuple[int, int] = (0, 0)
     growth: list[tuple["RequestStore", int]] = field(default_factory=list)
-    rows_read: Ints = field(default_factory=_none)
+    rows_read: Ints = field(default_factory=no_tokens)
     searches: int = 0
     failed: set[str] = field(default_factory=set)
     probe: int = -1
@@ -133,12 +129,12 @@ def make_plan(
             continue
         if host_tokens <= 0:
             continue
+        if length > 1:
+            plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
         how = options(request_id)
         if sketch is not None and store.sketched and not how.exact:
             if length == 1:
                 sketch.add(store, start, host_tokens, -1, computed, how)
-            else:
-                plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
             continue
         covered = split.indexed_tokens(computed) if indexed and not how.exact else 0
         plan.growth.append((store, covered))
@@ -149,8 +145,6 @@ def make_plan(
             decode_rows.append(numbers)
             decode_tokens.append(start)
             plan.decode_ids.append(request_id)
-        else:
-            plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
     if mirrored:
         plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets = stacked(mirrored)
     if coded and sketch is not None:

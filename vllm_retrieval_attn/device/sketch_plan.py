@@ -13,7 +13,8 @@ from vllm_retrieval_attn.store.requests import RequestStore
 Ints = npt.NDArray[np.int64]
 
 
-def _none() -> Ints:
+def no_tokens() -> Ints:
+    """An empty array of token or page numbers."""
     return np.empty(0, np.int64)
 
 
@@ -32,10 +33,10 @@ class SketchPlan:
     tokens: list[int] = field(default_factory=list)
     tables: list[tuple[int, int]] = field(default_factory=list)
     probe: int = -1
-    encode_tokens: Ints = field(default_factory=_none)
-    encode_pages: Ints = field(default_factory=_none)
-    encode_offsets: Ints = field(default_factory=_none)
-    encode_spaces: Ints = field(default_factory=_none)
+    encode_tokens: Ints = field(default_factory=no_tokens)
+    encode_pages: Ints = field(default_factory=no_tokens)
+    encode_offsets: Ints = field(default_factory=no_tokens)
+    encode_spaces: Ints = field(default_factory=no_tokens)
 
     def add_empty(self, token: int) -> None:
         """A row that the kernels leave alone."""

@@ -20,7 +20,7 @@ from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
 REFERENCE = 1024
 """Keys whose mean and deviation the next shard takes; the first append must bring as many. Divides a shard."""
 
-NO_ADDRESSES = (0,) * 6
+NO_ADDRESSES: tuple[int, ...] = (0,) * 6
 
 
 class _Moments:
@@ -105,7 +105,7 @@ class HeadIndex:
             self._space.mean,
         )
         self._held = held  # arrays live as long as their addresses are known
-        self.addresses = tuple(part.ctypes.data for part in held)  # type: ignore[assignment]  # six of them
+        self.addresses = tuple(part.ctypes.data for part in held)
 
     def find(self, queries: Floats, candidates: int, found: Found) -> None:
         """Put the keys that score best for each query head into ``found``; the plain way through index/search.py.

@@ -89,16 +89,12 @@ def pointer_to(typingctx: Any, address: Any) -> Any:
 
 
 @jit
-def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, ids: Any, starts: Any) -> int:
+def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, ids: Any, starts: Any) -> None:
     """All keys that score 0 and more for each query, in the order of the keys; the best ``most`` where there are more.
 
     Args:
         native: addresses. index: of an IndexIVFPQFastScan with one list. queries: (n, d) float32, contiguous.
         scores, ids: (n * most,) float32 and int32, written. starts: (n + 1,) int64, written: where each query's begin.
-
-    Returns:
-        How many queries had more than ``most``; ``scores`` of the best alone are kept for them, so the least of those
-        is the score that separates.
     """
     n = len(queries)
     room = np.empty(_RESULT_WORDS, np.int64)
@@ -107,7 +103,7 @@ def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, 
     limits = numba.carray(pointer_to(room[_LIMITS]), (n + 1,), np.int64)
     labels = numba.carray(pointer_to(room[_LABELS]), (limits[n],), np.int64)
     found = numba.carray(pointer_to(room[_DISTANCES]), (limits[n],), np.float32)
-    at, cut = 0, 0
+    at = 0
     for i in range(n):
         starts[i] = at
         first, last = limits[i], limits[i + 1]
@@ -115,7 +111,6 @@ def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, 
         if last - first > most:
             order = np.sort(found[first:last])[last - first - most :]
             least, ties = order[0], most - np.sum(order > order[0])
-            cut += 1
         for c in range(first, last):
             if found[c] == least:
                 ties -= 1
@@ -124,7 +119,6 @@ def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, 
                 at += 1
     starts[n] = at
     _call_destroy(native.destroy, room.ctypes.data)
-    return cut
 
 
 @cache

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 from vllm_retrieval_attn.core import config as knobs_module
 from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalConfig
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.device.decode_step import PAGE
 from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, GRAPHS_KEY, NAME
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
-SKETCH_PAGE = 1024
-"""Tokens of a page that the kernels are written for (device/decode.cu)."""
 _CPU_REQUESTS = 8
 """Requests at full residency that the default CPU pool has room for."""
 
@@ -71,10 +70,10 @@ def with_sketch(knobs: RetrievalConfig, on_cpu: bool) -> RetrievalConfig:
             where = "on CPU" if on_cpu else f"with index={knobs.index!r}"
             raise ValueError(f"retrieval: sketch_gb={knobs.sketch_gb:g} has no meaning {where}; drop it")
         return knobs.model_copy(update={"sketch_gb": 0.0})
-    if knobs.sketch_gb != 0 and knobs.page_tokens != SKETCH_PAGE:
+    if knobs.sketch_gb != 0 and knobs.page_tokens != PAGE:
         raise ValueError(
             f"retrieval: page_tokens={knobs.page_tokens} does not go with codes on the GPU; set page_tokens to "
-            f"{SKETCH_PAGE}, or sketch_gb to 0"
+            f"{PAGE}, or sketch_gb to 0"
         )
     return knobs
 

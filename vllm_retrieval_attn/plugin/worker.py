@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
-from vllm_retrieval_attn.core.timings import Timings
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
@@ -71,7 +70,6 @@ class RetrievalWorker:
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
         sampler: of steps to compare with exact attention; None without an index. space: that codes are made in,
             likewise.
-        timings: where decode time goes.
     """
 
     def __init__(self, vllm_config: "VllmConfig", config: "ResolvedConfig", kv_cache_config: "KVCacheConfig") -> None:
@@ -82,7 +80,6 @@ class RetrievalWorker:
         self.config = with_block_size(config, kv_cache_config)
         self._layer_numbers = {name: i for i, name in enumerate(self._layers)}
         self._names: list[str] = list(self._layers)
-        self.timings = Timings()
         self._message: StepMessage | None = None
         self._plan: StepPlan | None = None
         self._failed: set[str] = set()
@@ -341,8 +338,8 @@ class RetrievalWorker:
                     self.arena.allow_indexing(store, tokens)
 
     def stats(self) -> dict[str, Any]:
-        """Counters for benchmarks and tests; ``timings`` start again from zero."""
-        found: dict[str, Any] = {"timings": self.timings.take(), "index": self.config.index}
+        """Counters for benchmarks and tests."""
+        found: dict[str, Any] = {"index": self.config.index}
         if self.hosted:
             found |= {
                 "host_bytes": self.arena.used_bytes,
