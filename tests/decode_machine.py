@@ -33,8 +33,8 @@ class Machine:
         g = self.geometry
         torch.manual_seed(seed)
         self.random = np.random.default_rng(seed)
-        arena = torch.randn(g.host_pages, g.layers, g.kv_heads, PAGE, 2, dim)
-        self.arena = arena.to(_DTYPES[dtype])
+        arena = torch.randn(g.layers, g.host_pages, g.kv_heads, PAGE, 2, dim)
+        self.arena = arena.to(_DTYPES[dtype]).transpose(0, 1)  # as pages lie, layer by layer
         if device == "cuda":
             size = self.arena.numel() * self.arena.element_size()
             assert int(torch.cuda.cudart().cudaHostRegister(self.arena.data_ptr(), size, 3)) == 0

@@ -35,21 +35,21 @@ def test_mirror_writes_every_row_to_pinned_memory(dim):
 
     blocks, heads, block, page = 9, 3, 16, 64
     cache = torch.randn(blocks, heads, block, 2 * dim, device="cuda").bfloat16()
-    arena = torch.full((4, 2, heads, page, 2, dim), float("nan"), dtype=torch.bfloat16)
+    arena = torch.full((2, 4, heads, page, 2, dim), float("nan"), dtype=torch.bfloat16)
     status = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.numel() * 2, 3)
     assert int(status) == 0
     slots = torch.randperm(blocks * block, device="cuda")[:50]
     tokens = torch.tensor([4, 9, 33], device="cuda")
     places = [(3, 5), (0, 63), (2, 0)]
-    targets = torch.tensor([p * 2 * heads * 2 * page * dim + o * 2 * dim for p, o in places], device="cuda")
+    targets = torch.tensor([p * heads * 2 * page * dim + o * 2 * dim for p, o in places], device="cuda")
     layer = 1
-    mirror(cache, slots, tokens, targets, arena.data_ptr(), layer * heads * 2 * page * dim, page * 2 * dim)
+    mirror(cache, slots, tokens, targets, arena[layer].data_ptr(), page * 2 * dim)
     torch.cuda.synchronize()
     for token, (p, o) in zip(tokens.tolist(), places, strict=True):
         slot = int(slots[token])
         row = cache[slot // block, :, slot % block].cpu()
-        assert torch.equal(arena[p, layer, :, o, 0], row[:, :dim])
-        assert torch.equal(arena[p, layer, :, o, 1], row[:, dim:])
-        arena[p, layer, :, o] = float("nan")
+        assert torch.equal(arena[layer, p, :, o, 0], row[:, :dim])
+        assert torch.equal(arena[layer, p, :, o, 1], row[:, dim:])
+        arena[layer, p, :, o] = float("nan")
     assert arena.isnan().all()
     torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())

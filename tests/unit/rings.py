@@ -28,7 +28,7 @@ from vllm_retrieval_attn.store.layout import (
     Layout,
 )
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.store.views import Views, page_tensor
 from vllm_retrieval_attn.workers.client import RingClient
 from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
@@ -47,8 +47,7 @@ class Ring:
         self.views.words[WORD_CLIENT_PID] = os.getpid()
         self.views.pages[:] = 0xFF
         lay = layout
-        shape = (lay.pages, lay.layers, lay.kv_heads, lay.page_tokens, 2, lay.dim)
-        self.pages = torch.from_numpy(self.views.pages).view(DTYPES[dtype]).view(shape)
+        self.pages = page_tensor(lay, self.views, DTYPES[dtype])
         queries = torch.from_numpy(self.views.queries).view(DTYPES[dtype])
         self.queries = queries.view(lay.max_rows, lay.heads, lay.dim)
         self.views.partials[:] = np.nan

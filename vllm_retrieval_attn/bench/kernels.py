@@ -51,24 +51,24 @@ class Decode:
     """One rank's memory with random data, and the kernels over it.
 
     Args:
-        args: of the command line. Rows of the batch share host pages, but each has sketch pages of its own.
+        args: of the command line. Rows of the batch have pages of their own, with the same content.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         pages = -(-(args.tokens + 1) // PAGE)
         captured = max(args.captured, args.rows_batch)
-        sketch_pages = pages * args.rows_batch
+        all_pages = pages * args.rows_batch
         probe = Geometry(1, args.heads, args.group, args.dim, args.dtype, 1, 1, 1, 1, 1.0)
-        self.data_layers = min(args.layers, 1 + _ROTATED_BYTES // (probe.sketch_page_bytes * sketch_pages))
+        self.data_layers = min(args.layers, 1 + _ROTATED_BYTES // (probe.sketch_page_bytes * all_pages))
         self.geometry = Geometry(
             layers=self.data_layers, kv_heads=args.heads, group=args.group, dim=args.dim, dtype=args.dtype,
-            rows=captured, entries=sketch_pages, host_pages=pages, sketch_pages=sketch_pages, scale=args.dim**-0.5,
+            rows=captured, entries=all_pages, host_pages=all_pages, sketch_pages=all_pages, scale=args.dim**-0.5,
         )  # fmt: skip
         g, dtype = self.geometry, getattr(torch, args.dtype)
         torch.manual_seed(0)
-        self.arena = Arena((pages, g.layers, g.kv_heads, PAGE, 2, g.dim), dtype, args.huge)
-        sketch = torch.zeros(sketch_pages * g.sketch_page_bytes, dtype=torch.uint8, device="cuda")
+        self.arena = Arena((g.layers, all_pages, g.kv_heads, PAGE, 2, g.dim), dtype, args.huge)
+        sketch = torch.zeros(all_pages * g.sketch_page_bytes, dtype=torch.uint8, device="cuda")
         turn = torch.from_numpy(rotation(g.dim).astype(np.float32)).cuda()
         turns = turn.expand(2, g.layers, g.kv_heads, g.dim, g.dim).contiguous()
         mean = torch.zeros(2, g.layers, g.kv_heads, g.dim, device="cuda")
@@ -92,22 +92,20 @@ class Decode:
         targets = torch.arange(PAGE, device="cuda").repeat(2, 1).T.contiguous()
         for layer in range(g.layers):
             rows = torch.randn(g.kv_heads, PAGE, 2, g.dim, device="cuda").to(dtype)
-            self.arena.tensor[page, layer].copy_(rows)
             places = (rows[:, :, 0].float() @ turn.T).transpose(0, 1).contiguous()
             for row in range(self.args.rows_batch):
+                self.arena.tensor[layer, row * pages + page].copy_(rows)
                 targets[:, 0] = row * pages + page
                 self.kernels.encode(layer, places, targets)
 
     def describe(self, tokens: int) -> None:
         """Let all rows of the batch have so many host tokens; the step's own token comes after them."""
-        a, pages = self.args, self.geometry.host_pages
+        a, pages = self.args, self.geometry.host_pages // self.args.rows_batch
+        numbers = [range(row * pages, (row + 1) * pages) for row in range(a.rows_batch)]
         rows = [
-            StepRow(
-                tokens, tokens, tokens + 640, a.rows, a.tau, 7 * row, 0, range(pages),
-                range(row * pages, (row + 1) * pages),
-            )
-            for row in range(a.rows_batch)
-        ]  # fmt: skip
+            StepRow(tokens, tokens, tokens + 640, a.rows, a.tau, 7 * row, 0, mine, mine)
+            for row, mine in enumerate(numbers)
+        ]
         if tokens == 0:
             rows = [StepRow(0, -1, 640, a.rows, a.tau, 0, 0, (), ())] * a.rows_batch
         self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry)))

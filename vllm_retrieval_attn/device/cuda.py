@@ -67,7 +67,7 @@ class CudaHost:
         """Send a step's index arrays to the GPU, once for all layers."""
         if plan.device is None:
             lay = self._layout
-            targets = plan.mirror_pages * (lay.page_bytes // lay.itemsize) + plan.mirror_offsets * lay.row_elements
+            targets = plan.mirror_pages * lay.page_elements + plan.mirror_offsets * lay.row_elements
 
             def sent(array: Any) -> torch.Tensor:
                 return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
@@ -162,6 +162,8 @@ class CudaLayer:
             causal=True,
             block_table=metadata.resident_table,
             return_softmax_lse=search or bool(streaming) or chosen or metadata.graph,
+            scheduler_metadata=metadata.schedule,
+            num_splits=metadata.splits,
             fa_version=self._version,
         )
         if metadata.graph:
@@ -226,8 +228,7 @@ class CudaLayer:
                 metadata.slot_mapping,
                 device_plan.mirror_tokens,
                 device_plan.mirror_targets,
-                host.arena_address,
-                layer * (layout.page_layer_bytes // layout.itemsize),
+                host.arena_address + layer * layout.layer_elements * layout.itemsize,
                 layout.head_elements,
             )
             host.mirror_done.record()

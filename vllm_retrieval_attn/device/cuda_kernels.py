@@ -12,8 +12,7 @@ def _mirror_kernel(  # type: ignore[no-untyped-def]  # Triton compiles the signa
     slots,
     tokens,
     targets,
-    arena_address,
-    layer_offset,
+    layer_address,
     block_size,
     stride_block,
     stride_head,
@@ -28,8 +27,8 @@ def _mirror_kernel(  # type: ignore[no-untyped-def]  # Triton compiles the signa
     slot = tl.load(slots + tl.load(tokens + item))
     source = (slot // block_size) * stride_block + head * stride_head + (slot % block_size) * stride_token
     # An address below 4 GB arrives as a 32-bit integer.
-    arena = arena_address.to(tl.int64).to(tl.pointer_type(cache.dtype.element_ty))
-    target = tl.load(targets + item) + layer_offset + head * head_elements
+    arena = layer_address.to(tl.int64).to(tl.pointer_type(cache.dtype.element_ty))
+    target = tl.load(targets + item) + head * head_elements
     column = tl.arange(0, PADDED)
     inside = column < DIM
     tl.store(arena + target + column, tl.load(cache + source + column, mask=inside), mask=inside)
@@ -42,8 +41,7 @@ def mirror(
     slots: torch.Tensor,
     tokens: torch.Tensor,
     targets: torch.Tensor,
-    arena_address: int,
-    layer_offset: int,
+    layer_address: int,
     head_elements: int,
 ) -> None:
     """Copy K and V of batch tokens from the paged cache to the arena, on the current stream.
@@ -51,14 +49,14 @@ def mirror(
     Args:
         cache: (blocks, kv_heads, block, 2 * d), any strides with a dense last axis.
         slots: (T,) int64 slot of each batch token. tokens: (M,) int64 batch tokens to copy.
-        targets: (M,) int64 arena element of each token's row (K, then V) in layer 0, head 0.
-        arena_address: host address of the first page, pinned. layer_offset: elements to the layer.
+        targets: (M,) int64 element of each token's row (K, then V) in head 0 of the layer.
+        layer_address: host address of the layer's first page, pinned.
         head_elements: elements of one head in one page.
     """
     _, kv_heads, block, width = cache.shape
     dim = width // 2
     _mirror_kernel[(len(tokens), kv_heads)](
-        cache, slots, tokens, targets, arena_address, layer_offset, block, cache.stride(0), cache.stride(1),
+        cache, slots, tokens, targets, layer_address, block, cache.stride(0), cache.stride(1),
         cache.stride(2), head_elements, DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1,
     )  # fmt: skip
 

@@ -144,7 +144,8 @@ __device__ __forceinline__ bool find(const State& s, int rows, int index, bool f
     return fresh;
 }
 
-// The items of this block: a contiguous range, so that it meets few heads.
+// The items of this block: a contiguous range, so that it meets few heads. Where the host's memory is read, see
+// item_of in decode_gather.cuh.
 __device__ __forceinline__ void range_of(const State& s, int& begin, int& end) {
     const i64 all = entries_of(s) * s.heads;
     begin = (int)(blockIdx.x * all / gridDim.x);
@@ -156,7 +157,7 @@ __device__ __forceinline__ u8* sketch_block(const State& s, i64 page, i64 layer,
 }
 
 __device__ __forceinline__ u16* arena_row(const State& s, i64 page, i64 layer, int head, int token) {
-    return s.arena + (((page * s.layers + layer) * s.heads + head) * PAGE + token) * (2 * DIM);
+    return s.arena + (((layer * s.host_pages + page) * s.heads + head) * PAGE + token) * (2 * DIM);
 }
 
 // Programmatic dependent launch: a kernel may begin while the one before it in the layer still runs, and then waits for

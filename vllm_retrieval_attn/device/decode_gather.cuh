@@ -1,6 +1,9 @@
-// Choosing rows and attending to them where they lie, in host memory. A block takes pages of one (row, KV head): draws
+// Choosing rows and attending to them where they lie, in host memory. A block takes pages of a (row, KV head): draws
 // the rows of a page's eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's
 // partial. While rows are under way, the block draws those of its next page.
+//
+// Blocks go through the items in waves, all at about the same place: what is read at a time then spans little of the
+// host's memory, and PCIe keeps its speed (store/layout.py).
 #pragma once
 #include "decode_weigh.cuh"
 
@@ -10,6 +13,7 @@ constexpr int FLIGHT = 4;                           // chunks that a thread has 
 constexpr int BATCH = FLIGHT * GATHER_THREADS / CHUNKS;  // rows: 16 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
+constexpr int RUN = 4;                              // items side by side that a block takes in a wave, at most
 constexpr int GATHER_BLOCKS = 2;  // of a multiprocessor: what is under way lies in registers
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
@@ -186,6 +190,7 @@ __device__ __forceinline__ void raise_rows(Attention& a, int count) {
             sum += e;
         }
         for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        __syncwarp();  // all lanes have read top
         if (lane == 0) {
             const float factor = __expf(old - top);
             a.factor[g] = factor;
@@ -248,6 +253,19 @@ __device__ __forceinline__ void attend(
 }
 
 // query (rows, heads, DIM): strides in elements.
+// A block's items: `run` neighbours in each of several waves.
+struct Waves { int run, all; };
+
+__device__ __forceinline__ Waves waves_of(const State& s) {
+    const int all = entries_of(s) * (int)s.heads, each = (all + gridDim.x - 1) / gridDim.x;
+    return Waves{each < 1 ? 1 : each < RUN ? each : RUN, all};
+}
+
+// Item `turn` of this block; `all` or more where there is none, and then none later.
+__device__ __forceinline__ int item_of(const Waves& waves, int turn) {
+    return (turn / waves.run * (int)gridDim.x + (int)blockIdx.x) * waves.run + turn % waves.run;
+}
+
 struct Queries { i64 layer; const u16* query; i64 row, head; };
 
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(
@@ -260,17 +278,17 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     Item item;
     Pending pending = {};
     Flight flight;
-    int begin, end;
+    const Waves waves = waves_of(s);
     u64 seed = 0;
     float tau = 0;
     int queries = 0;
-    range_of(s, begin, end);
     let_next_start();
     wait_for_previous();
-    for (int index = begin; index <= end; index++) {  // one turn more, for the last page's rows
+    for (int turn = 0;; turn++) {
+        const int index = item_of(waves, turn);
         Pending next = {};
-        if (index < end) {
-            const bool fresh = find(s, rows, index, index == begin, item);
+        if (index < waves.all) {
+            const bool fresh = find(s, rows, index, turn == 0, item);
             if (item.page >= pages_of(item.row)) continue;
             if (fresh) {
                 const i64 unit = item.row.number * s.heads + item.head;
@@ -286,6 +304,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
             }
             next = Pending{arena_row(s, item.host_page, q.layer, item.head, 0), index, pending.list ^ 1, queries};
             choose(s, item, shares, tau, seed, lists[next.list]);
+        } else if (!pending.page) {
+            break;
         }
         attend(s, pending, next, lists, a, flight);
         pending = next;

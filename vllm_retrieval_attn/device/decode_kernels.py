@@ -30,7 +30,7 @@ class Buffers(NamedTuple):
     """Memory that outlives a step.
 
     Attributes:
-        arena: device-usable address of the pinned host arena, [host page][layer][kv_head][token][2][d] of the dtype.
+        arena: device-usable address of the pinned host arena, [layer][host page][kv_head][token][2][d] of the dtype.
         sketch: uint8, [sketch page][layer][kv_head] blocks of Geometry.block_bytes.
         mean: (2, L, H, d); keys, queries: (2, L, H, d, d): float32, the constant rotation and the learned space.
         descriptor: int64, Geometry.descriptor_numbers, filled as decode_step.describe does.

@@ -11,6 +11,7 @@ from vllm_retrieval_attn.core import ownership
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.plugin import row_ids
 from vllm_retrieval_attn.plugin.compat import resolved_config
+from vllm_retrieval_attn.plugin.decode_schedule import decode_schedule
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class RetrievalMetadata(AttentionMetadata):
         resident_table: (R, blocks) int32 on the device: sink blocks, then window blocks.
         graph: made while a graph is captured, whose replays read all of this anew from the same memory.
         slot_mapping: (T,) int64 on the device.
+        schedule, splits: FlashAttention's, of a decode batch (plugin/decode_schedule.py); None and 0: its own choice.
         request_ids: one a row; None in a dummy run.
         resolved, plan: set by the first layer, when the scheduler's message is at hand (device/plan.py).
     """
@@ -51,6 +53,8 @@ class RetrievalMetadata(AttentionMetadata):
     resident_table: torch.Tensor
     slot_mapping: torch.Tensor
     request_ids: list[str] | None
+    schedule: torch.Tensor | None = None
+    splits: int = 0
     graph: bool = False
     resolved: bool = False
     plan: "StepPlan | None" = None
@@ -126,6 +130,7 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
         self._fixed: FixedTables | None = None
         if resolved_config(vllm_config).sketches:
             self._fixed = FixedTables(self._split, vllm_config.scheduler_config.max_num_seqs, device)
+            self._schedule = decode_schedule(vllm_config, kv_cache_spec, layer_names, self._fixed.longest, device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: "CommonAttentionMetadata") -> RetrievalMetadata:
         return replace(self.build(0, common_attn_metadata), graph=True, request_ids=None)
@@ -142,10 +147,14 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
         computed = np.maximum(seq_lens - query_lens, 0)
         windows = split.window_starts(computed)
         resident_lens = np.maximum(seq_lens - (windows - sinks), 0)
+        schedule, splits = None, 0
         table, longest = common.block_table_tensor[: common.num_reqs], int(resident_lens.max(initial=1))
         if self._fixed is not None and common.max_query_len == 1:  # the runner may replay a graph for this
             resident_table, lens_dev = self._fixed.fill(table, windows, resident_lens)
             longest = self._fixed.longest
+            if self._schedule is not None:
+                schedule = self._schedule.fill(common.query_start_loc[: common.num_reqs + 1], lens_dev)
+                splits = self._schedule.splits
         else:
             columns = resident_columns(windows, resident_lens, sinks // block, block, table.shape[1])
             resident_table = table.gather(1, to_device(columns, self.device))
@@ -163,5 +172,7 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
             resident_lens_dev=lens_dev,
             resident_table=resident_table,
             slot_mapping=common.slot_mapping,
+            schedule=schedule,
+            splits=splits,
             request_ids=row_ids.current(),
         )

@@ -16,11 +16,9 @@ from vllm_retrieval_attn.store.layout import (
 )
 from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.store.views import Views, page_tensor
 
 logger = logging.getLogger("vllm.retrieval")
-
-_POISON = 0xFF  # every byte set: NaN in float32, bfloat16 and float16
 
 
 class ArenaFull(RuntimeError):
@@ -48,11 +46,7 @@ class Arena:
         self.file = SharedFile.create(layout.file_bytes, rank)
         self.views = Views(layout, self.file.map)
         lay = layout
-        self.pages = (
-            torch.from_numpy(self.views.pages)
-            .view(dtype)
-            .view(lay.pages, lay.layers, lay.kv_heads, lay.page_tokens, 2, lay.dim)
-        )
+        self.pages = page_tensor(layout, self.views, dtype)
         self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)
         self.outside = torch.from_numpy(self.views.outside)
         self._poison = poison
@@ -138,9 +132,7 @@ class Arena:
         self.views.words[WORD_GROWTH] += 1  # its indexes can go
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)
-            for page in store.pages:
-                start = page * self.layout.page_bytes
-                self.views.pages[start : start + self.layout.page_bytes] = _POISON
+            self.pages[store.pages] = torch.nan
         if self.codes is not None:
             self.codes.release(store.codes)
         self._free.extend(reversed(store.pages))

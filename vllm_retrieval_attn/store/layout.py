@@ -1,5 +1,10 @@
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
+Pages lie as [layer][page][kv_head][token][2][d]: what one layer of a step reads then spans the least memory. On an H100,
+rows that the GPU read from within about 1 GB crossed PCIe at 48 GB/s, and at 20 GB/s from a wider range, or with the
+layers of a page side by side (docs/benchmarks.md, 2026-11-25): the addresses of so many rows no longer fit the
+caches that translate them.
+
 Its parts, in order, are those of :attr:`Layout.parts`, then the pages. Sizes depend only on the fields of
 :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both sides compute the same offsets. The
 file is sparse: what live requests do not use takes no memory.
@@ -174,12 +179,23 @@ class Layout:
         return self.page_tokens * self.row_elements
 
     @property
+    def page_elements(self) -> int:
+        """Elements of one layer in one page: (kv_heads, page_tokens, 2, dim); from one page of a layer to the next."""
+        return self.kv_heads * self.head_elements
+
+    @property
+    def layer_elements(self) -> int:
+        """Elements from one layer to the next."""
+        return self.pages * self.page_elements
+
+    @property
     def page_layer_bytes(self) -> int:
-        """Bytes of one layer in one page: (kv_heads, page_tokens, 2, dim)."""
-        return self.kv_heads * self.head_elements * self.itemsize
+        """Bytes of one layer in one page."""
+        return self.page_elements * self.itemsize
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of one page, all layers together."""
         return self.layers * self.page_layer_bytes
 
     @property

@@ -37,8 +37,8 @@ class Pinner:
         begin = time.monotonic()
         self._registered: list[int] = []
         end = layout.file_bytes
-        # Whole pages: a copy must not cross from one registration to the next.
-        size = max(1, SLAB_BYTES // layout.page_bytes) * layout.page_bytes
+        # Whole pages of a layer: a copy must not cross from one registration to the next.
+        size = max(1, SLAB_BYTES // layout.page_layer_bytes) * layout.page_layer_bytes
         slabs = [(address + start, min(size, end - start)) for start in range(layout.pages_offset, end, size)]
         with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
             touched = pool.map(_touch, slabs)

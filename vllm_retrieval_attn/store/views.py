@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_retrieval_attn.sketch.space import Space
 from vllm_retrieval_attn.store.layout import (
@@ -39,7 +40,7 @@ class Views:
         probe_numbers: (probe_numbers,) int64. fidelity: (actors, layers, FIDELITY_FIELDS) float64.
         probe: (layers, heads, probe_floats) float32. chosen: (layers, kv_heads, 1 + most_chosen) int32: how many rows
             the probed step read of those that are searched through the index, and which.
-        pages: all pages as bytes.
+        pages: all pages as bytes; see :func:`page_tensor`.
     """
 
     def __init__(self, layout: Layout, memory: Any) -> None:
@@ -97,3 +98,10 @@ class Views:
         """Write a learned space of all layers' KV heads, (layers * kv_heads) of them in order."""
         parts = [part.reshape(space.heads, -1) for part in (space.mean, space.keys, space.queries)]
         self.spaces[:] = np.concatenate(parts, axis=1).reshape(self.spaces.shape)
+
+
+def page_tensor(layout: Layout, views: Views, dtype: torch.dtype) -> torch.Tensor:
+    """The pages as (pages, layers, kv_heads, page_tokens, 2, d) of their own type, however they lie."""
+    lay = layout
+    shape = (lay.layers, lay.pages, lay.kv_heads, lay.page_tokens, 2, lay.dim)
+    return torch.from_numpy(views.pages).view(dtype).view(shape).transpose(0, 1)

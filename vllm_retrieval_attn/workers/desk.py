@@ -112,7 +112,7 @@ class Desk:
         self.numbers = np.zeros(DESK_NUMBERS, np.int64)
         self.geometry = Geometry(
             layout.group, layout.dim, layout.kv_heads, layout.pages, layout.page_tokens,
-            layout.page_bytes // layout.itemsize, layout.first_head, np.float32(scale), candidates,
+            layout.page_elements, layout.first_head, np.float32(scale), candidates,
             layout.most_chosen, native(),
         )  # fmt: skip
         self.shared = Shared(

@@ -62,12 +62,8 @@ class Indexes:
         self._entries: dict[Key, _Entry] = {}
 
     def row_base(self, layer: int, head: int) -> int:
-        """Element, from the start of a page, of the first row of a layer and KV head."""
-        return (layer * self._layout.kv_heads + head) * self._layout.head_elements
-
-    @property
-    def page_elements(self) -> int:
-        return self._layout.page_bytes // self._layout.itemsize
+        """Element of the first row of a layer and KV head in page 0."""
+        return layer * self._layout.layer_elements + head * self._layout.head_elements
 
     def ready(self, key: Key, generation: int, tokens: int) -> HeadIndex:
         """The index over host tokens ``[0, tokens)`` of a page table's owner; made as far as it is not there yet.
@@ -107,7 +103,7 @@ class Indexes:
                 raise RequestGone
             base = self.row_base(layer, head)
             _load_keys(
-                self.memory, table, lay.page_tokens, self.page_elements, base, index.size, keys, keys.view(np.uint32)
+                self.memory, table, lay.page_tokens, lay.page_elements, base, index.size, keys, keys.view(np.uint32)
             )
             self._check(slot, entry.generation)
             index.append(keys)

@@ -19,7 +19,7 @@ from vllm_retrieval_attn.store.layout import (
     WORD_PROBES,
     Layout,
 )
-from vllm_retrieval_attn.store.views import Views
+from vllm_retrieval_attn.store.views import Views, page_tensor
 from vllm_retrieval_attn.workers.grower import be_nice
 from vllm_retrieval_attn.workers.sync import full_fence
 
@@ -27,13 +27,6 @@ logger = logging.getLogger("vllm.retrieval")
 
 _POLL_S = 0.05
 RECALL_AT = 100
-
-
-def torch_pages(layout: Layout, views: Views) -> torch.Tensor:
-    """The pages as (pages, layers, kv_heads, page_tokens, 2, d) of their own type."""
-    dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
-    shape = (layout.pages, layout.layers, layout.kv_heads, layout.page_tokens, 2, layout.dim)
-    return torch.from_numpy(views.pages).view(dtype).view(shape)
 
 
 class Prober(threading.Thread):
@@ -46,7 +39,8 @@ class Prober(threading.Thread):
     def __init__(self, layout: Layout, views: Views, actor: int, scale: float) -> None:
         super().__init__(name=f"retrieval-prober-{actor}", daemon=True)
         self._layout, self._views, self._actor, self._scale = layout, views, actor, scale
-        self._pages = torch_pages(layout, views)
+        dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
+        self._pages = page_tensor(layout, views, dtype)
         self._stopping = threading.Event()
 
     def run(self) -> None:
