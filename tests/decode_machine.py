@@ -7,7 +7,7 @@ import torch
 
 from vllm_retrieval_attn.device import decode_twin as twin
 from vllm_retrieval_attn.device.decode_kernels import Buffers, scratch, scratch_bytes
-from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, items_of
+from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, StepRow, descriptor_of, items_of
 from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
@@ -24,7 +24,7 @@ class Machine:
         kernels: a class as DecodeKernels. device: "cuda", or "cpu" for emulated ones.
     """
 
-    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=12, pages=13):
+    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=20, pages=13):
         self.device = device
         self.geometry = Geometry(
             layers=2, kv_heads=2, group=group, dim=dim, dtype=dtype, rows=rows, entries=entries, host_pages=pages,
@@ -141,7 +141,8 @@ def expected(machine, rows, number, head, inputs, lse):
         ids, log_pi = twin.choose_all(row.tokens)
     taken = np.unpackbits(work.taken[items].cpu().numpy().reshape(-1, 1), axis=1, bitorder="little")[:, :4].reshape(-1)
     np.testing.assert_array_equal(np.flatnonzero(taken), ids)
-    assert work.counts[items].cpu().tolist() == np.bincount(ids // PAGE, minlength=pages).tolist()
+    runs = slice(items.start // RUN, items.start // RUN + -(-pages // RUN))
+    assert work.counts[runs].cpu().tolist() == np.bincount(ids // (RUN * PAGE), minlength=-(-pages // RUN)).tolist()
     host = machine.arena[list(row.host_pages)[:pages], LAYER, head].float().numpy()
     keys, values = (host[:, :, i].reshape(-1, g.dim) for i in (0, 1))
     more, more_lse = sampling.attend(keys, values, asked, g.scale, ids, log_pi)
@@ -240,6 +241,35 @@ def check_written(machine, rows, inputs, arena, sketch):
     assert torch.equal(machine.arena, arena)
 
 
+def check_layers_written(machine):
+    """Keys and values of all layers, taken from paged caches, are where and as layer after layer would write them."""
+    g, block, blocks = machine.geometry, 16, 9
+    rows = batch(g, machine.random)
+    caches = [torch.randn(blocks, g.kv_heads, block, 2 * g.dim).to(_DTYPES[g.dtype]) for _ in range(g.layers)]
+    slots = [torch.from_numpy(machine.random.permutation(blocks * block)[: g.rows]) for _ in range(g.layers)]
+    slots[0][0] = -1  # as for a row of padding
+    rows[3] = replace(rows[3], write=-1)
+    machine.descriptor.copy_(torch.from_numpy(descriptor_of(rows, g)))
+    machine.fill_sketch(rows)
+    fresh = machine.arena.clone(), machine.sketch.clone()
+    for layer, (cache, mine) in enumerate(zip(caches, slots, strict=True)):
+        tokens = cache[mine // block, :, mine % block]
+        parts = machine.to(tokens[..., : g.dim], tokens[..., g.dim :], machine.inputs()[0])
+        machine.kernels.write(layer, *parts)
+    machine.wait()
+    want = machine.arena.clone(), machine.sketch.clone()
+    host, page, token = rows[0].host_pages[rows[0].write // PAGE], rows[0].sketch_pages[-1], rows[0].write % PAGE
+    want[0][host, 0, :, token] = fresh[0][host, 0, :, token]
+    want[1][page, 0] = fresh[1][page, 0]
+    machine.arena.copy_(fresh[0])
+    machine.sketch.copy_(fresh[1])
+    machine.kernels.write_layers(machine.to(*caches), machine.to(*slots))
+    machine.wait()
+    assert torch.equal(machine.arena, want[0])
+    assert torch.equal(machine.sketch, want[1])
+    assert not torch.equal(machine.arena, fresh[0])
+
+
 def check_long_row(machine):
     """A row of 300 pages; the machine has 304 entries, 13 pages, 2 query heads."""
     pages = [page % 13 for page in range(300)]
@@ -289,10 +319,10 @@ def check_missing_pages(machine):
     inputs = machine.inputs()
     before = inputs[3].clone()
     machine.run(bad, inputs)
-    counts = machine.work.counts.cpu()
-    assert counts[items_of(bad, 0, 0, machine.geometry)][0] == 0
-    assert counts[items_of(bad, 0, 0, machine.geometry)][1:].sum() > 0
-    assert counts[items_of(bad, 3, 0, machine.geometry)].sum() == 0
+    taken = machine.work.taken.cpu()
+    assert taken[items_of(bad, 0, 0, machine.geometry)][0].sum() == 0
+    assert taken[items_of(bad, 0, 0, machine.geometry)][1:5].sum() > 0
+    assert taken[items_of(bad, 3, 0, machine.geometry)][:3].sum() == 0
     assert torch.equal(inputs[3][1:], before[1:])
     assert inputs[3].isfinite().all()
 

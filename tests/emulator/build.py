@@ -17,6 +17,7 @@ AVAILABLE = shutil.which("g++") is not None
 _PARTS = ("common", "write", "score", "weigh", "gather", "merge")
 _SIGNATURES = {
     "write_tokens": "*(NewTokens*)a[1]",
+    "write_layers": "*(Slots*)a[1]",
     "encode_tokens": "*(i64*)a[1], *(const float**)a[2], *(const i64**)a[3], *(i64*)a[4]",
     "score_keys": "*(i64*)a[1]",
     "weigh_keys": "*(Paged*)a[1]",

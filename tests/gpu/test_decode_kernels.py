@@ -12,6 +12,7 @@ from tests.decode_machine import (
     batch,
     check_codes,
     check_layer,
+    check_layers_written,
     check_long_row,
     check_missing_pages,
 )
@@ -45,6 +46,11 @@ def test_a_long_row_equals_its_twin():
 def test_codes_of_many_tokens_are_those_of_the_twin():
     with machine_of(80, 2) as machine:
         check_codes(machine)
+
+
+def test_layers_written_together_are_those_written_alone():
+    with machine_of(128, 4) as machine:
+        check_layers_written(machine)
 
 
 def test_pages_that_do_not_exist_are_skipped():

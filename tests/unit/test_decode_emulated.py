@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.decode_machine import Machine, check_codes, check_host_part, check_layer, check_long_row, check_missing_pages
+from tests.decode_machine import (
+    Machine,
+    check_codes,
+    check_host_part,
+    check_layer,
+    check_layers_written,
+    check_long_row,
+    check_missing_pages,
+)
 from tests.emulator.build import AVAILABLE, EmulatedKernels
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs g++")
@@ -30,6 +38,10 @@ def test_a_long_row_equals_its_twin():
 
 def test_codes_of_many_tokens_are_those_of_the_twin():
     check_codes(machine_of(80, 2))
+
+
+def test_layers_written_together_are_those_written_alone():
+    check_layers_written(machine_of(80, 3))
 
 
 def test_pages_that_do_not_exist_are_skipped():

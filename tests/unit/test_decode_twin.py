@@ -10,11 +10,13 @@ from vllm_retrieval_attn.device.decode_step import (
     FIELDS,
     HEADER,
     PAGE,
+    RUN,
     Geometry,
     StepRow,
     describe,
     descriptor_of,
     items_of,
+    most_entries,
 )
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.space import balanced_for, rotated
@@ -117,17 +119,27 @@ def test_descriptor_holds_rows_and_pages():
     sizes = geometry()
     rows = [row(1500, 2, write=2048 - 1), row(0, 0), row(3000, 4)]
     numbers = descriptor_of(rows, sizes)
-    assert numbers[:HEADER].tolist() == [3, 6]
+    assert numbers[:HEADER].tolist() == [3, 8]
     table = numbers[HEADER : HEADER + 3 * FIELDS].reshape(3, FIELDS)
     assert table.tolist() == [
         [1500, 2047, 5000, 512, 10**9, -7, 1, 0],
-        [0, -1, 5000, 512, 10**9, -7, 1, 2],
-        [3000, -1, 5000, 512, 10**9, -7, 1, 2],
+        [0, -1, 5000, 512, 10**9, -7, 1, 4],
+        [3000, -1, 5000, 512, 10**9, -7, 1, 4],
     ]
-    pages = numbers[HEADER + 3 * FIELDS :][:12].reshape(6, 2)
-    assert pages.tolist() == [[0, 2], [1, 1], [0, 4], [1, 3], [2, 2], [3, 1]]
-    assert items_of(rows, 2, 1, sizes) == slice(6 + 4, 6 + 8)
-    assert items_of(rows, 0, 2, sizes) == slice(4, 6)
+    pages = numbers[HEADER + 3 * FIELDS :][:16].reshape(8, 2)
+    assert pages.tolist() == [[0, 2], [1, 1], [-1, -1], [-1, -1], [0, 4], [1, 3], [2, 2], [3, 1]]
+    assert items_of(rows, 2, 1, sizes) == slice(12 + 4, 12 + 8)
+    assert items_of(rows, 0, 2, sizes) == slice(8, 12)
+
+
+@pytest.mark.parametrize(("pages", "rows"), [(1, 1), (7, 3), (9, 200), (160, 2), (5, 5)])
+def test_entries_suffice_however_pages_belong_to_rows(pages, rows):
+    random = np.random.default_rng(pages)
+    for _ in range(50):
+        used = min(rows, pages)
+        cuts = np.sort(random.choice(pages - 1, used - 1, replace=False)) + 1 if used > 1 else np.empty(0, int)
+        sizes = np.diff(np.concatenate(([0], cuts, [pages])))
+        assert sum(-(-int(size) // RUN) * RUN for size in sizes) <= most_entries(pages, rows)
 
 
 def test_descriptor_refuses_what_does_not_fit():

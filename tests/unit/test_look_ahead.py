@@ -7,12 +7,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_retrieval_attn.core.options import SearchOptions
+from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.plugin.messages import StepMessage
 from vllm_retrieval_attn.plugin.worker import RetrievalWorker
 from vllm_retrieval_attn.store.code_pages import CodePages
 from vllm_retrieval_attn.store.requests import RequestStore
 
 PAGE = 1024
+SPLIT = Split(sink_tokens=64, window_tokens=512, resident_tokens=4096, block_size=16)
 
 
 def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
@@ -21,7 +23,7 @@ def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
     made.sketch = SimpleNamespace() if codes is not None else None
     layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
     requests = {store.request_id: store for store in stores}
-    made.arena = SimpleNamespace(requests=requests, layout=layout, codes=codes)
+    made.arena = SimpleNamespace(requests=requests, layout=layout, codes=codes, filled=False)
     return made
 
 
@@ -31,6 +33,7 @@ def store(name: str, tokens: int, codes: list[int], sketched: bool = True) -> Re
 
 def needs_pieces(made: RetrievalWorker, message: StepMessage | None, **scheduled: int) -> bool:
     made.needs_pieces = None
+    made.config = SimpleNamespace(split=SPLIT)
     made.look_ahead(SimpleNamespace(kv_connector_metadata=message, num_scheduled_tokens=scheduled))
     return made.needs_pieces
 
@@ -83,3 +86,15 @@ def test_a_step_that_is_to_be_compared_may_not(drawn):
     made.sampler = SimpleNamespace(draw=lambda: drawn)
     assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is drawn
     assert needs_pieces(made, StepMessage(resident={"b"}), b=1) is False  # nothing to compare
+
+
+@pytest.mark.parametrize("computed", [0, 64, 65, 1000, 4096, 4097, 4112, 9000])
+def test_a_row_attends_to_the_host_once_its_window_leaves_the_sinks(computed):
+    made = worker(CodePages(16), store("a", max(0, computed - 64), list(range(8))))
+    needs_pieces(made, StepMessage(admitted={"a": 1}, resident={"b"}), a=1, b=1)
+    assert made.attends == (SPLIT.window_start(computed) > 64)
+    needs_pieces(made, StepMessage(admitted={"a": 2}), a=1)  # admitted anew: nothing is written of it
+    assert not made.attends
+    made.arena.filled = True
+    needs_pieces(made, StepMessage(admitted={"a": 2}), a=1)
+    assert made.attends

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
-from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of
+from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, most_entries
 from vllm_retrieval_attn.sketch.space import rotation
 
 _PARTS = ("write", "score", "weigh", "gather", "merge")
@@ -63,7 +63,8 @@ class Decode:
         self.data_layers = min(args.layers, 1 + _ROTATED_BYTES // (probe.sketch_page_bytes * all_pages))
         self.geometry = Geometry(
             layers=self.data_layers, kv_heads=args.heads, group=args.group, dim=args.dim, dtype=args.dtype,
-            rows=captured, entries=all_pages, host_pages=all_pages, sketch_pages=all_pages, scale=args.dim**-0.5,
+            rows=captured, entries=most_entries(all_pages, args.rows_batch), host_pages=all_pages,
+            sketch_pages=all_pages, scale=args.dim**-0.5,
         )  # fmt: skip
         g, dtype = self.geometry, getattr(torch, args.dtype)
         torch.manual_seed(0)

@@ -134,7 +134,10 @@ class CudaLayer:
         reshape_and_cache_flash(key, value, key_cache, value_cache, metadata.slot_mapping, "auto", self._one, self._one)
         search = False
         sketch = current_sketch()
-        if metadata.graph:
+        if metadata.paged:
+            assert sketch is not None
+            sketch.write_after_last(layer, kv_cache, metadata.slot_mapping)
+        elif metadata.graph:
             assert sketch is not None
             sketch.kernels.before(layer, key, value, query)
         elif plan is not None and worker is not None:
@@ -161,14 +164,15 @@ class CudaLayer:
             softmax_scale=self._scale,
             causal=True,
             block_table=metadata.resident_table,
-            return_softmax_lse=search or bool(streaming) or chosen or metadata.graph,
+            return_softmax_lse=search or bool(streaming) or chosen or (metadata.graph and not metadata.paged),
             scheduler_metadata=metadata.schedule,
             num_splits=metadata.splits,
             fa_version=self._version,
         )
         if metadata.graph:
-            assert sketch is not None
-            sketch.kernels.after(layer, query, output, result[1])
+            if not metadata.paged:
+                assert sketch is not None
+                sketch.kernels.after(layer, query, output, result[1])
             return
         if not (search or streaming or chosen):
             return

@@ -10,6 +10,7 @@ typedef long long i64;
 constexpr int PAGE = 1024;                             // tokens of a page
 constexpr int TILE = 128;                              // keys of a tile (sketch/sampling.py)
 constexpr int TILES = PAGE / TILE;
+constexpr int RUN = 4;                                 // neighbouring pages whose rows are attended to together
 constexpr int PADDED = (DIM + 63) / 64 * 64;           // coordinates of a code
 constexpr int KEY_BYTES = PADDED / 2;                  // of a code
 constexpr int BLOCK_BYTES = PAGE * (KEY_BYTES + 2);    // codes, then float16 steps, of one head of one page
@@ -50,6 +51,7 @@ struct State {
     u64* bins;
     float* taus;
     int* counts;
+    u32* ticket;
     u8* taken;
     float* sums;
     float2* stats;
@@ -118,6 +120,15 @@ __device__ __forceinline__ int pages_of(const Row& row) {
 
 __device__ __forceinline__ bool reads_all(const Row& row) { return row.tokens <= row.limit; }
 
+// Where the page of an item lies, and how many of its keys are attended to.
+__device__ __forceinline__ void locate(const State& s, Item& item) {
+    item.keys = 0;
+    if (item.head < s.heads && pages_at(s, item.row.first + item.page, item.host_page, item.sketch_page)) {
+        const int left = item.row.tokens - item.page * PAGE;
+        item.keys = left < 0 ? 0 : left < PAGE ? left : PAGE;
+    }
+}
+
 // Item `index`, found by all threads of the block together; `item` holds the one before. True: another row or head.
 __device__ __forceinline__ bool find(const State& s, int rows, int index, bool first, Item& item) {
     bool fresh = first;
@@ -136,16 +147,11 @@ __device__ __forceinline__ bool find(const State& s, int rows, int index, bool f
     }
     item.index = index;
     item.page = index - item.from;
-    item.keys = 0;
-    if (item.head < s.heads && pages_at(s, item.row.first + item.page, item.host_page, item.sketch_page)) {
-        const int left = item.row.tokens - item.page * PAGE;
-        item.keys = left < 0 ? 0 : left < PAGE ? left : PAGE;
-    }
+    locate(s, item);
     return fresh;
 }
 
-// The items of this block: a contiguous range, so that it meets few heads. Where the host's memory is read, see
-// item_of in decode_gather.cuh.
+// The items of this block: a contiguous range, so that it meets few heads.
 __device__ __forceinline__ void range_of(const State& s, int& begin, int& end) {
     const i64 all = entries_of(s) * s.heads;
     begin = (int)(blockIdx.x * all / gridDim.x);

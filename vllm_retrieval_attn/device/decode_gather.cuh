@@ -1,25 +1,25 @@
-// Choosing rows and attending to them where they lie, in host memory. A block takes pages of a (row, KV head): draws
-// the rows of a page's eight tiles, fetches K and V of up to BATCH rows at a time over PCIe, and leaves the page's
-// partial. While rows are under way, the block draws those of its next page.
+// Choosing rows and attending to them where they lie, in host memory. A block takes a run of pages of one (row, KV head),
+// draws the rows of their tiles, fetches K and V over PCIe, and leaves the run's partial.
 //
-// Blocks go through the items in waves, all at about the same place: what is read at a time then spans little of the
-// host's memory, and PCIe keeps its speed (store/layout.py).
+// Blocks take the runs in order, each the next one when it is done: what is read at a time then spans little of the
+// host's memory, without which PCIe loses its speed (store/layout.py). All rows of a run, up to BATCH, are on their way
+// at once, since 48 GB/s take some 200 KB under way; choosing is hidden behind what other blocks fetch.
 #pragma once
 #include "decode_weigh.cuh"
 
 constexpr int GATHER_THREADS = WEIGH_THREADS;
+constexpr int GATHER_BLOCKS = 2;                    // of a multiprocessor: what is under way lies in registers
 constexpr int CHUNKS = 2 * DIM / 8;                 // of 16 bytes, in a row
 constexpr int FLIGHT = 4;                           // chunks that a thread has under way
 constexpr int BATCH = FLIGHT * GATHER_THREADS / CHUNKS;  // rows: 16 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
-constexpr int RUN = 4;                              // items side by side that a block takes in a wave, at most
-constexpr int GATHER_BLOCKS = 2;  // of a multiprocessor: what is under way lies in registers
+constexpr int LISTED = PAGE;                        // rows that a list holds: all of a page
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
 
-// Rows of the page, ascending: number within the page and log pi.
-struct Chosen { u16 tokens[PAGE]; float log_pi[PAGE]; int count; };
+// Rows chosen, ascending: number within the run and log pi. homes: row 0 of each page.
+struct Chosen { u16 tokens[LISTED]; float log_pi[LISTED]; const u16* homes[RUN]; int tiles[RUN][TILES]; };
 
 __device__ __forceinline__ u64 mixed(u64 state, u64 value) {  // splitmix64, as sketch/sampling.py
     u64 z = (state ^ value) + 0x9E3779B97F4A7C15ull;
@@ -74,68 +74,87 @@ __device__ __forceinline__ float log_of(u32 chance) {
     return chance == 1u << SAMPLE_BITS ? 0.0f : logf((float)chance * 5.9604644775390625e-8f);
 }
 
-// The place of the thread's first taken key among the block's; `all` gets their number.
-__device__ __forceinline__ int place_of(u32 taken, int& all) {
-    __shared__ int warps[8];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = __popc(taken);
-    int before = mine;
-    for (int o = 1; o < 32; o <<= 1) {
-        const int x = __shfl_up_sync(ALL, before, o);
-        if (lane >= o) before += x;
+// What a thread drew of its four keys of each page.
+struct Drawn { u32 chances[RUN][4], taken[RUN]; };
+
+// Draw the rows of the first `pages` pages of the run that begins with `item`.
+__device__ __forceinline__ void draw_run(
+    const State& s, const Item& item, int pages, i64 layer, const float2* shares, float tau, u64 seed, Drawn& drawn,
+    Chosen& chosen
+) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int p = 0; p < RUN; p++) {
+        if (p >= pages) break;
+        Item page = item;
+        page.index += p, page.page += p;
+        locate(s, page);
+        chances_of(s, page, shares, tau, drawn.chances[p]);
+        const u32 taken = drawn.taken[p] = draw(drawn.chances[p], seed, page.page * TILES + warp);
+        s.taken[(i64)page.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
+        int count = __popc(taken);
+        for (int o = 1; o < 32; o <<= 1) count += __shfl_xor_sync(ALL, count, o);
+        if (lane == 0) chosen.tiles[p][warp] = count;
+        if (threadIdx.x == 0) chosen.homes[p] = arena_row(s, page.keys ? page.host_page : 0, layer, item.head, 0);
     }
-    __syncthreads();
-    if (lane == 31) warps[warp] = before;
-    __syncthreads();
-    int place = before - mine;
-    all = 0;
-    for (int w = 0; w < 8; w++) {
-        if (w < warp) place += warps[w];
-        all += warps[w];
-    }
-    return place;
 }
 
-__device__ __forceinline__ void choose(
-    const State& s, const Item& item, const float2* shares, float tau, u64 seed, Chosen& chosen
-) {
-    u32 chances[4];
-    chances_of(s, item, shares, tau, chances);
-    const u32 taken = draw(chances, seed, item.page * TILES + threadIdx.x / 32);
-    int all, place = place_of(taken, all);
+__device__ __forceinline__ int rows_of_page(const Chosen& chosen, int page) {
+    int count = 0;
+    for (int w = 0; w < TILES; w++) count += chosen.tiles[page][w];
+    return count;
+}
+
+// List the rows of pages from `first` on, as many as fit; returns their number and, in `first`, the page after them.
+// A barrier must follow.
+__device__ __forceinline__ int list_pages(const Drawn& drawn, int pages, int& first, Chosen& chosen) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, begin = first;
+    int all = 0;
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        if (taken >> k & 1) {
-            chosen.tokens[place] = (u16)(4 * threadIdx.x + k);
-            chosen.log_pi[place++] = log_of(chances[k]);
+    for (int p = 0; p < RUN; p++) {
+        if (p < begin || p >= pages || p != first) continue;
+        const int count = rows_of_page(chosen, p);
+        if (all + count > LISTED) continue;  // and so do all after it
+        const int mine = __popc(drawn.taken[p]);
+        int place = mine;
+        for (int o = 1; o < 32; o <<= 1) {
+            const int x = __shfl_up_sync(ALL, place, o);
+            if (lane >= o) place += x;
         }
-    s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x] = (u8)taken;
-    if (threadIdx.x == 0) {
-        chosen.count = all;
-        s.counts[item.index] = all;
+        place += all - mine;
+        for (int w = 0; w < warp; w++) place += chosen.tiles[p][w];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (drawn.taken[p] >> k & 1) {
+                chosen.tokens[place] = (u16)(p * PAGE + 4 * threadIdx.x + k);
+                chosen.log_pi[place++] = log_of(drawn.chances[p][k]);
+            }
+        all += count;
+        first = p + 1;
     }
-    __syncthreads();
+    return all;
 }
 
 struct Attention {
     u16 rows[BATCH][STRIDE];
-    u16 queries[2][GROUP][DIM + 8];
+    u16 queries[GROUP][DIM + 8];
     float raised[GROUP][BATCH];
     float top[GROUP], total[GROUP], factor[GROUP];
 };
 
-// A batch of rows on its way into registers. Copies straight into shared memory (cp.async) crossed PCIe at only 20 GB/s
-// on an H100; ordinary loads of whole rows by neighbouring threads reached 45 to 50 in a prototype.
+// A batch of rows on its way into registers.
 struct Flight { uint4 chunks[FLIGHT]; };
 
-// Start loading rows from `done` on, one batch.
-__device__ __forceinline__ void take_off(const u16* page, const Chosen& chosen, int done, Flight& flight) {
-    const int chunks = min(chosen.count - done, BATCH) * CHUNKS;
+// Start loading `count` rows from number `done` of the list on.
+__device__ __forceinline__ void take_off(const Chosen& chosen, int done, int count, Flight& flight) {
 #pragma unroll
     for (int k = 0; k < FLIGHT; k++) {
         const int i = threadIdx.x + k * GATHER_THREADS;
-        if (i < chunks)
-            flight.chunks[k] =
-                *(const uint4*)(page + (i64)chosen.tokens[done + i / CHUNKS] * (2 * DIM) + i % CHUNKS * 8);
+        if (i < count * CHUNKS) {
+            const int token = chosen.tokens[done + i / CHUNKS];
+            const u16* row = chosen.homes[token / PAGE] + (i64)(token % PAGE) * (2 * DIM);
+            flight.chunks[k] = *(const uint4*)(row + i % CHUNKS * 8);
+        }
     }
 }
 
@@ -217,99 +236,110 @@ __device__ __forceinline__ void add_values(const Attention& a, int count, float2
     }
 }
 
-// A page whose first batch is under way, which of the two lists its rows are in, and which queries are its. page: null
-// if there is none.
-struct Pending { const u16* page; int index, list, queries; };
-
-// Attention to the chosen rows of one page: unnormalised sums, top and total of each query head. Once its last batch
-// has landed, the first one of the next page takes off.
+// Fold the `all` rows of the list into the run's sums.
 __device__ __forceinline__ void attend(
-    const State& s, const Pending& p, const Pending& next, const Chosen* lists, Attention& a, Flight& flight
+    const Chosen& chosen, int all, float scale, Attention& a, float2 (&sums)[PAIRS_A_THREAD]
 ) {
-    const int all = p.page ? lists[p.list].count : 0;
-    float2 sums[PAIRS_A_THREAD] = {};
-    if (threadIdx.x < GROUP) a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
-    for (int done = 0; done == 0 || done < all; done += BATCH) {
-        const int count = min(all - done, BATCH);
+    Flight flight;
+    take_off(chosen, 0, min(all, BATCH), flight);
+    for (int done = 0; done < all; done += BATCH) {
+        const int count = min(all - done, BATCH), left = all - done - count;
         land(flight, count, a.rows);
-        const bool more = done + BATCH < all;
-        const u16* page = more ? p.page : next.page;
-        if (page) take_off(page, lists[more ? p.list : next.list], more ? done + BATCH : 0, flight);
-        if (count == 0) return;
+        if (left > 0) take_off(chosen, done + BATCH, min(left, BATCH), flight);
         __syncthreads();
-        score_rows(a, a.queries[p.queries], lists[p.list].log_pi + done, count, (float)s.scale);
+        score_rows(a, a.queries, chosen.log_pi + done, count, scale);
         __syncthreads();
         raise_rows(a, count);
         __syncthreads();
         add_values(a, count, sums);
         __syncthreads();
     }
-    float2* out = (float2*)(s.sums + (i64)p.index * (GROUP * DIM));
-#pragma unroll
-    for (int i = 0; i < PAIRS_A_THREAD; i++)
-        if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
-    if (threadIdx.x < GROUP)
-        s.stats[(i64)p.index * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
 }
 
 // query (rows, heads, DIM): strides in elements.
-// A block's items: `run` neighbours in each of several waves.
-struct Waves { int run, all; };
-
-__device__ __forceinline__ Waves waves_of(const State& s) {
-    const int all = entries_of(s) * (int)s.heads, each = (all + gridDim.x - 1) / gridDim.x;
-    return Waves{each < 1 ? 1 : each < RUN ? each : RUN, all};
-}
-
-// Item `turn` of this block; `all` or more where there is none, and then none later.
-__device__ __forceinline__ int item_of(const Waves& waves, int turn) {
-    return (turn / waves.run * (int)gridDim.x + (int)blockIdx.x) * waves.run + turn % waves.run;
-}
-
 struct Queries { i64 layer; const u16* query; i64 row, head; };
+
+// Find run `at`, and load its queries.
+__device__ __forceinline__ void begin_run(
+    const State& s, const Queries& q, int rows, int at, Item& item, Attention& a
+) {
+    find(s, rows, at * RUN, true, item);
+    for (int i = threadIdx.x; i < GROUP * DIM && item.head < s.heads; i += GATHER_THREADS)
+        a.queries[i / DIM][i % DIM] =
+            q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
+}
 
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gather_rows(
     const State s, const Queries q
 ) {
     __shared__ __align__(16) Attention a;
-    __shared__ Chosen lists[2];
+    __shared__ Chosen chosen;
     __shared__ float2 shares[GROUP];
-    const int rows = rows_of(s);
+    __shared__ int following;
+    const int rows = rows_of(s), runs = entries_of(s) / RUN * (int)s.heads;
     Item item;
-    Pending pending = {};
-    Flight flight;
-    const Waves waves = waves_of(s);
-    u64 seed = 0;
-    float tau = 0;
-    int queries = 0;
+    int at = blockIdx.x;
     let_next_start();
+    if (at < runs) begin_run(s, q, rows, at, item, a);  // none of it is written by the kernel before
     wait_for_previous();
-    for (int turn = 0;; turn++) {
-        const int index = item_of(waves, turn);
-        Pending next = {};
-        if (index < waves.all) {
-            const bool fresh = find(s, rows, index, turn == 0, item);
-            if (item.page >= pages_of(item.row)) continue;
-            if (fresh) {
-                const i64 unit = item.row.number * s.heads + item.head;
-                queries ^= 1;
-                for (int i = threadIdx.x; i < GROUP * DIM; i += GATHER_THREADS)
-                    a.queries[queries][i / DIM][i % DIM] =
-                        q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
-                if (threadIdx.x < GROUP) shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
-                seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
-                tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
-                if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
-                __syncthreads();
+    while (at < runs) {
+        if (threadIdx.x == 0) following = gridDim.x + (int)atomicAdd(s.ticket, 1u);
+        const int pages = min(pages_of(item.row) - item.page, RUN);
+        if (pages > 0) {
+            const i64 unit = item.row.number * s.heads + item.head;
+            if (threadIdx.x < GROUP) {
+                shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
+                a.top[threadIdx.x] = -1e30f, a.total[threadIdx.x] = 0;
             }
-            next = Pending{arena_row(s, item.host_page, q.layer, item.head, 0), index, pending.list ^ 1, queries};
-            choose(s, item, shares, tau, seed, lists[next.list]);
-        } else if (!pending.page) {
-            break;
+            const u64 seed = seed_of(item.row.seed, item.row.position, q.layer, s.first_head + item.head);
+            const float tau = reads_all(item.row) ? 0.0f : raised_tau(s, item.row, unit);
+            if (item.page == 0 && threadIdx.x == 0) s.taus[unit] = tau;
+            __syncthreads();
+            Drawn drawn;
+            draw_run(s, item, pages, q.layer, shares, tau, seed, drawn, chosen);
+            float2 sums[PAIRS_A_THREAD] = {};
+            int count = 0;
+            for (int page = 0; page < pages;) {
+                __syncthreads();
+                const int listed = list_pages(drawn, pages, page, chosen);
+                __syncthreads();
+                attend(chosen, listed, (float)s.scale, a, sums);
+                count += listed;
+            }
+            float2* out = (float2*)(s.sums + (i64)at * (GROUP * DIM));
+#pragma unroll
+            for (int i = 0; i < PAIRS_A_THREAD; i++)
+                if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
+            if (threadIdx.x < GROUP)
+                s.stats[(i64)at * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+            if (threadIdx.x == 0) s.counts[at] = count;
         }
-        attend(s, pending, next, lists, a, flight);
-        pending = next;
+        __syncthreads();
+        at = following;
+        __syncthreads();
+        if (at < runs) begin_run(s, q, rows, at, item, a);
     }
+}
+
+// The place of the thread's first taken key among the block's; `all` gets their number.
+__device__ __forceinline__ int place_of(u32 taken, int& all) {
+    __shared__ int warps[8];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, mine = __popc(taken);
+    int before = mine;
+    for (int o = 1; o < 32; o <<= 1) {
+        const int x = __shfl_up_sync(ALL, before, o);
+        if (lane >= o) before += x;
+    }
+    __syncthreads();
+    if (lane == 31) warps[warp] = before;
+    __syncthreads();
+    int place = before - mine;
+    all = 0;
+    for (int w = 0; w < 8; w++) {
+        if (w < warp) place += warps[w];
+        all += warps[w];
+    }
+    return place;
 }
 
 // What gather_rows chose, as lists: ids (rows, KV heads, capacity) int32 ascending, log_pi float32, counts (rows, KV
@@ -330,8 +360,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS) list_rows(const Sta
         i64 written = 0;
         for (item.page = 0; item.page < pages_of(item.row); item.page++) {
             item.index = item.from + item.page;
-            if (s.counts[item.index] == 0) continue;
-            item.keys = min(item.row.tokens - item.page * PAGE, PAGE);
+            if (s.counts[item.index / RUN] == 0) continue;
+            locate(s, item);
             u32 chances[4];
             chances_of(s, item, shares, s.taus[unit], chances);
             const u32 taken = s.taken[(i64)item.index * GATHER_THREADS + threadIdx.x];

@@ -18,12 +18,14 @@ _FOLDER = Path(__file__).parent
 _MAIN = "decode.cu"
 _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
-    "merge_parts": 512, "list_rows": 256,
+    "merge_parts": 512, "list_rows": 256, "write_layers": 512,
 }  # fmt: skip
 _CHAINED = ("score_keys", "weigh_keys", "gather_rows", "merge_parts")
 """Kernels that follow another one of a layer on the same stream: they may begin before it ends (decode_common.cuh).
 What follows FlashAttention, or a join of streams, waits as usual: ``weigh`` where ``joins`` says so."""
 _BIN_WORDS = 257
+MOST_LAYERS = 192
+"""Of a model: their paged caches are named in the parameters of one launch."""
 
 
 class Buffers(NamedTuple):
@@ -56,8 +58,9 @@ class Scratch(NamedTuple):
         records: (items, G, 2) float32, top score of a page and sum of exponentials.
         shares: (R, H, G, 2) float32, top score of the whole attention and 1 / sum of exponentials.
         bins: (R, H, 257) int64, histogram of weights. taus: (R, H) float32.
-        counts: (items,) int32 keys taken. taken: (items, 256) uint8, bit k of byte b: key 4 b + k of the page.
-        sums: (items, G, d) float32, stats: (items, G, 2) float32: a page's partial, unnormalised, with top and total.
+        counts: (runs,) int32 keys taken of RUN neighbouring items. ticket: (1,) int32, the next run that nobody takes.
+        taken: (items, 256) uint8, bit k of byte b: key 4 b + k of the page.
+        sums: (runs, G, d) float32, stats: (runs, G, 2) float32: a run's partial, unnormalised, with top and total.
         read: (R,) int64, rows read, ever growing.
     """
 
@@ -70,6 +73,7 @@ class Scratch(NamedTuple):
     bins: torch.Tensor
     taus: torch.Tensor
     counts: torch.Tensor
+    ticket: torch.Tensor
     taken: torch.Tensor
     sums: torch.Tensor
     stats: torch.Tensor
@@ -91,10 +95,11 @@ def _parts(g: Geometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "shares": ((*unit, g.group, 2), torch.float32),
         "bins": ((*unit, _BIN_WORDS), torch.int64),
         "taus": (unit, torch.float32),
-        "counts": ((g.items,), torch.int32),
+        "counts": ((g.runs,), torch.int32),
+        "ticket": ((1,), torch.int32),
         "taken": ((g.items, PAGE // 4), torch.uint8),
-        "sums": ((g.items, g.group, g.dim), torch.float32),
-        "stats": ((g.items, g.group, 2), torch.float32),
+        "sums": ((g.runs, g.group, g.dim), torch.float32),
+        "stats": ((g.runs, g.group, 2), torch.float32),
         "read": ((g.rows,), torch.int64),
     }
 
@@ -180,6 +185,7 @@ class DecodeKernels:
             "merge_parts": min(units * geometry.group, 4 * every),
             "list_rows": min(units, 2 * every),
             "encode_tokens": 8 * every,
+            "write_layers": min(geometry.layers * units, 4 * every),
         }
         for name in ("score_keys", "weigh_keys", "gather_rows"):
             blocks = self._called(
@@ -264,6 +270,20 @@ class DecodeKernels:
                 raise _failed("decode kernels", "keys and values need 16-byte aligned rows")
         strides = (part.stride(axis) for part in (key, value, query) for axis in (0, 1))
         self._launch("write_tokens", _packed(layer, key, value, query, *strides))
+
+    def write_layers(self, caches: list[torch.Tensor], slots: list[torch.Tensor]) -> None:
+        """What :meth:`write` does for keys and values, of all layers at once, from the paged cache.
+
+        Args:
+            caches: of each layer (blocks, H, block, 2 * d), all with the same strides, dense last axis.
+            slots: of each layer (R,) int64 contiguous, -1 for a row of padding.
+        """
+        first = caches[0]
+        if any(cache.stride() != first.stride() or cache.data_ptr() % 16 for cache in caches) or first.stride(-1) != 1:
+            raise _failed("decode kernels", "the layers' paged caches are not alike")
+        spare = (0,) * (MOST_LAYERS - len(caches))
+        shape = (first.shape[2], first.stride(0), first.stride(1), first.stride(2))
+        self._launch("write_layers", _packed(*shape, *caches, *spare, *slots, *spare))
 
     def encode(self, layer: int, places: torch.Tensor, targets: torch.Tensor) -> None:
         """Codes and steps of many tokens.

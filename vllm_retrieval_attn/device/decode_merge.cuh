@@ -1,4 +1,4 @@
-// The partials of all pages and FlashAttention's part, merged by log-sum-exp in the order of the pages.
+// The partials of all runs of pages and FlashAttention's part, merged by log-sum-exp in the order of the runs.
 #pragma once
 #include "decode_weigh.cuh"
 
@@ -19,14 +19,14 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// Sums over the pages that a warp takes (every MERGE_WARPS-th) of those with `factors`. Pages without rows have factor
+// Sums over the runs that a warp takes (every MERGE_WARPS-th) of those with `factors`. Runs without rows have factor
 // 0 and are loaded all the same, so that many loads are under way at once; what they hold is not used.
-__device__ __forceinline__ void add_pages(
-    const float* sums, const float* factors, int pages, float4 (&found)[QUADS_A_LANE]
+__device__ __forceinline__ void add_runs(
+    const float* sums, const float* factors, int runs, float4 (&found)[QUADS_A_LANE]
 ) {
     const int lane = threadIdx.x & 31;
 #pragma unroll 8
-    for (int p = threadIdx.x >> 5; p < pages; p += MERGE_WARPS) {
+    for (int p = threadIdx.x >> 5; p < runs; p += MERGE_WARPS) {
         const float factor = factors[p];
         const float4* part = (const float4*)(sums + (i64)p * GROUP * DIM);
 #pragma unroll
@@ -50,13 +50,13 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
     for (i64 i = blockIdx.x; i < all; i += gridDim.x) {
         const int g = (int)(i % GROUP), head = (int)(i / GROUP % s.heads);
         const Row row = row_at(s, (int)(i / GROUP / s.heads));
-        const int pages = pages_of(row);
-        if (pages <= 0) continue;
-        const i64 from = row.first * s.heads + (i64)head * row.entries;
+        const int runs = (pages_of(row) + RUN - 1) / RUN;
+        if (runs <= 0) continue;
+        const i64 from = (row.first * s.heads + (i64)head * row.entries) / RUN;
         const float outside = no_keys(paged.lse[(head * GROUP + g) * paged.head + row.number * paged.row]);
         float top = outside;
         int count = 0;
-        for (int p = threadIdx.x; p < pages; p += MERGE_THREADS) {
+        for (int p = threadIdx.x; p < runs; p += MERGE_THREADS) {
             const int rows = s.counts[from + p];
             if (rows) top = fmaxf(top, s.stats[(from + p) * GROUP + g].x);
             count += rows;
@@ -69,10 +69,10 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
         if (top == MINUS_INF) top = 0;
         float4 sums[QUADS_A_LANE] = {};
         float total = 0;
-        for (int begin = 0; begin < pages; begin += MERGE_THREADS) {
+        for (int begin = 0; begin < runs; begin += MERGE_THREADS) {
             const i64 at = from + begin + threadIdx.x;
             float factor = 0;
-            if (begin + threadIdx.x < pages && s.counts[at]) {
+            if (begin + threadIdx.x < runs && s.counts[at]) {
                 const float2 stat = s.stats[at * GROUP + g];
                 factor = __expf(stat.x - top);
                 total += factor * stat.y;
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
             __syncthreads();
             factors[threadIdx.x] = factor;
             __syncthreads();
-            add_pages(s.sums + ((from + begin) * GROUP + g) * DIM, factors, min(pages - begin, MERGE_THREADS), sums);
+            add_runs(s.sums + ((from + begin) * GROUP + g) * DIM, factors, min(runs - begin, MERGE_THREADS), sums);
         }
         for (int o = 1; o < 32; o <<= 1) total += __shfl_xor_sync(ALL, total, o);
 #pragma unroll

@@ -15,6 +15,8 @@ from vllm_retrieval_attn.store.layout import TAU_UNIT
 PAGE = 1024
 """Tokens of a page, of the host arena and of the sketch."""
 TILES = PAGE // TILE
+RUN = 4
+"""Neighbouring pages of a row that one block of the GPU attends to; a row's entries are filled up to a multiple."""
 HEADER, FIELDS = 2, 8
 """int64 numbers at the descriptor's start (rows, entries), and of each row after it."""
 DIMS = (64, 80, 96, 128, 256)
@@ -41,7 +43,7 @@ class Geometry:
     Attributes:
         layers: retrieval layers. kv_heads: KV heads; group: query heads of each. dim: head size.
         dtype: "bfloat16" or "float16", of queries, keys, values and the arena.
-        rows: most rows of a batch. entries: most pages of all rows of a step together.
+        rows: most rows of a batch. entries: most pages of all rows of a step together, each row's a multiple of RUN.
         host_pages, sketch_pages: capacity of the arena and of the sketch.
         first_head: number of this rank's first KV head in the whole model. scale: of the softmax.
     """
@@ -95,6 +97,11 @@ class Geometry:
         return self.entries * self.kv_heads
 
     @property
+    def runs(self) -> int:
+        """Runs of a step, at most."""
+        return self.items // RUN
+
+    @property
     def descriptor_numbers(self) -> int:
         return HEADER + self.rows * FIELDS + 2 * self.entries
 
@@ -121,13 +128,23 @@ class StepRow:
     sketch_pages: Sequence[int]
 
 
+def entries_of(row: StepRow) -> int:
+    """Entries that a row has in the descriptor: its pages, filled up to whole runs."""
+    return -(-len(row.host_pages) // RUN) * RUN
+
+
+def most_entries(pages: int, rows: int) -> int:
+    """Entries that ``pages`` pages take, however they belong to ``rows`` rows."""
+    return (pages + (RUN - 1) * min(rows, pages)) // RUN * RUN
+
+
 def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers) -> int:
     """Write the descriptor of one step into ``out`` (int64, geometry.descriptor_numbers); returns numbers written.
 
     Raises:
         ValueError: more rows or pages than the geometry allows.
     """
-    entries = sum(len(row.host_pages) for row in rows)
+    entries = sum(map(entries_of, rows))
     if len(rows) > geometry.rows or entries > geometry.entries:
         raise ValueError(f"{len(rows)} rows with {entries} pages exceed {geometry.rows} with {geometry.entries}")
     out[0], out[1] = len(rows), entries
@@ -140,9 +157,10 @@ def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers) -> int:
         out[begin : begin + FIELDS] = (
             row.tokens, row.write, row.position, row.limit, round(row.tau / TAU_UNIT), seed, row.space, first
         )  # fmt: skip
-        pages = out[at : at + 2 * len(row.host_pages)].reshape(-1, 2)
-        pages[:, 0], pages[:, 1] = row.host_pages, row.sketch_pages
-        first, at = first + len(row.host_pages), at + 2 * len(row.host_pages)
+        count, end = len(row.host_pages), at + 2 * entries_of(row)
+        out[at : at + 2 * count : 2], out[at + 1 : at + 2 * count : 2] = row.host_pages, row.sketch_pages
+        out[at + 2 * count : end] = -1
+        first, at = first + entries_of(row), end
     return at
 
 
@@ -154,8 +172,7 @@ def descriptor_of(rows: Sequence[StepRow], geometry: Geometry) -> Numbers:
 
 
 def items_of(rows: Sequence[StepRow], number: int, head: int, geometry: Geometry) -> slice:
-    """Which items of scratch belong to one (row, KV head): one a page, in order."""
-    first = sum(len(row.host_pages) for row in rows[:number])
-    pages = len(rows[number].host_pages)
-    begin = first * geometry.kv_heads + head * pages
-    return slice(begin, begin + pages)
+    """Which items of scratch belong to one (row, KV head): one an entry, those of its pages first."""
+    first, entries = sum(map(entries_of, rows[:number])), entries_of(rows[number])
+    begin = first * geometry.kv_heads + head * entries
+    return slice(begin, begin + entries)

@@ -139,6 +139,7 @@ __device__ __forceinline__ void write_queries(
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS) write_tokens(const State s, const NewTokens t) {
     __shared__ float scratch[GROUP][PADDED];
     const i64 items = rows_of(s) * s.heads * 2;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *s.ticket = 0;
     let_next_start();
     for (i64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Row row = row_at(s, (int)(i / (2 * s.heads)));
@@ -147,6 +148,34 @@ extern "C" __global__ void __launch_bounds__(WRITE_THREADS) write_tokens(const S
             write_key(s, t, row, head, scratch[0]);
         else if (row.tokens > 0 && !reads_all(row))
             write_queries(s, t, row, head, scratch);
+        __syncthreads();
+    }
+}
+
+// Where the paged cache has this step's tokens: of each layer, its cache (block, KV head, token, 2 * DIM) and the slot of
+// each token of the batch; strides in elements.
+constexpr int MOST_LAYERS = 192;
+struct Slots {
+    i64 block, block_stride, head_stride, token_stride;
+    const u16* caches[MOST_LAYERS];
+    const i64* slots[MOST_LAYERS];
+};
+
+// The new keys and values of all layers at once, from the paged cache; for steps in which no row attends to the host.
+// Items (layer, row, KV head).
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS) write_layers(const State s, const Slots p) {
+    __shared__ float places[DIM];
+    const i64 rows = rows_of(s), items = s.layers * rows * s.heads;
+    for (i64 i = blockIdx.x; i < items; i += gridDim.x) {
+        const int head = (int)(i % s.heads);
+        const i64 layer = i / (rows * s.heads);
+        const Row row = row_at(s, (int)(i / s.heads % rows));
+        const i64 slot = row.write < 0 ? -1 : p.slots[layer][row.number];
+        if (slot >= 0) {
+            const u16* key = p.caches[layer] + slot / p.block * p.block_stride + slot % p.block * p.token_stride;
+            const NewTokens t{layer, key, key + DIM, nullptr, 0, p.head_stride, 0, p.head_stride, 0, 0};
+            write_key(s, t, row, head, places);
+        }
         __syncthreads();
     }
 }

@@ -66,6 +66,8 @@ class Sketch:
         self._slot = 0
         self._open: list[str | None] | None = None
         self._sent: list[_Sent] = []
+        self._caches: dict[int, torch.Tensor] = {}
+        self._slots: dict[int, torch.Tensor] = {}
 
     @property
     def pool(self) -> torch.Tensor:
@@ -109,6 +111,19 @@ class Sketch:
         arrived.record()
         self._sent.append(_Sent(self._open, counts, arrived))
         self._open = None
+
+    def write_after_last(self, layer: int, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Note where a layer's paged cache has the step's tokens; after the last layer, write those of all.
+
+        Args:
+            cache: (blocks, H, block, 2 * d). slots: (T,) int64, kept at its place as long as the graph.
+        """
+        self._caches[layer], self._slots[layer] = cache, slots
+        if len(self._caches) == self.geometry.layers:
+            order = range(self.geometry.layers)
+            self.kernels.write_layers([self._caches[i] for i in order], [self._slots[i] for i in order])
+            self._caches.clear()
+            self._slots.clear()
 
     def encode(self, layer: int, space: int, keys: torch.Tensor, targets: torch.Tensor) -> None:
         """Code keys (T, H, d) of any type; targets as DecodeKernels.encode has them."""

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
-from vllm_retrieval_attn.device.decode_step import PAGE, StepRow, items_of
+from vllm_retrieval_attn.device.decode_step import PAGE, RUN, StepRow, items_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,7 +26,7 @@ class HostPart(NamedTuple):
 def host_part(kernels: DecodeKernels, rows: list[StepRow], number: int) -> HostPart:
     """Of row ``number`` of the descriptor, in the layer whose kernels ran last. Waits for the device, and allocates.
 
-    The parts of all pages are merged as in decode_merge.cuh, without the paged one.
+    The parts of all runs are merged as in decode_merge.cuh, without the paged one.
     """
     g, work = kernels.geometry, kernels.work
     capacity = max(1, rows[number].tokens)
@@ -34,10 +34,10 @@ def host_part(kernels: DecodeKernels, rows: list[StepRow], number: int) -> HostP
     chosen = [ids[number, head, : int(counts[number, head])].cpu().numpy() for head in range(g.kv_heads)]
     outs, lses = [], []
     for head in range(g.kv_heads):
-        items = items_of(rows, number, head, g)
-        items = slice(items.start, items.start + -(-rows[number].tokens // PAGE))
-        read = work.counts[items] > 0
-        sums, stats = work.sums[items][read], work.stats[items][read]
+        first = items_of(rows, number, head, g).start // RUN
+        runs = slice(first, first + -(-rows[number].tokens // (RUN * PAGE)))
+        read = work.counts[runs] > 0
+        sums, stats = work.sums[runs][read], work.stats[runs][read]
         top = stats[..., 0].amax(0)
         factors = torch.exp(stats[..., 0] - top)
         total = (factors * stats[..., 1]).sum(0)

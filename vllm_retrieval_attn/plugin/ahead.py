@@ -1,9 +1,10 @@
-"""Whether a step may be replayed as one CUDA graph; asked before vLLM decides how to run it."""
+"""Whether a step may be replayed as one CUDA graph, and as which; asked before vLLM decides how to run it."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_retrieval_attn.core.options import SearchOptions
+from vllm_retrieval_attn.core.ownership import Split
 
 if TYPE_CHECKING:
     from vllm_retrieval_attn.plugin.messages import StepMessage
@@ -34,3 +35,20 @@ def needs_workers(
         tokens, held = (store.tokens, len(store.codes)) if store is not None else (0, 0)
         wanted += max(0, arena.layout.page_tokens_owned(tokens + scheduled.get(request_id, 0)) - held)
     return wanted > arena.codes.pages - arena.codes.used
+
+
+def may_attend(message: "StepMessage", arena: "Arena", split: Split) -> bool:
+    """Whether some request of a decode step may attend to host tokens: by what is written of it, which is never less
+    than what is computed.
+
+    Args:
+        message: of the step. split: where tokens are divided.
+    """
+    for request_id, epoch in message.admitted.items():
+        store = arena.requests.get(request_id)
+        if store is None or store.epoch != epoch:
+            if arena.filled:  # counts as written from its first step on
+                return True
+        elif split.window_start(split.sink_end + store.tokens) > split.sink_end:
+            return True
+    return False

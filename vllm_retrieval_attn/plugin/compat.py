@@ -36,7 +36,7 @@ _sessions_arrive = False
 """Whether a streaming-input session came to an engine of ours in this process."""
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Replace ``owner.name`` by ``make(original)``, once."""
     original = getattr(owner, name)
     if getattr(original, _MARK, False):
@@ -121,7 +121,7 @@ def _patch_kernel_scan() -> None:
         return _rebind_kernels
 
     if hasattr(dispatcher, "_rebind_kernels"):
-        _wrap(dispatcher, "_rebind_kernels", make)
+        wrap(dispatcher, "_rebind_kernels", make)
 
 
 def _patch_engine_args() -> None:
@@ -142,7 +142,7 @@ def _patch_engine_args() -> None:
 
         return create_engine_config
 
-    _wrap(EngineArgs, "create_engine_config", make)
+    wrap(EngineArgs, "create_engine_config", make)
 
 
 def _patch_input_processor() -> None:
@@ -166,7 +166,7 @@ def _patch_input_processor() -> None:
 
         return process_inputs
 
-    _wrap(InputProcessor, "process_inputs", make)
+    wrap(InputProcessor, "process_inputs", make)
 
 
 def _serves(scheduler: Any) -> bool:
@@ -212,8 +212,8 @@ def _patch_scheduler() -> None:
 
         return _handle_failed_recving
 
-    _wrap(Scheduler, "update_from_output", make_update)
-    _wrap(Scheduler, "_handle_failed_recving", make_failed)
+    wrap(Scheduler, "update_from_output", make_update)
+    wrap(Scheduler, "_handle_failed_recving", make_failed)
 
 
 def _patch_waiting() -> None:
@@ -246,7 +246,7 @@ def _patch_waiting() -> None:
 
         return _handle_blocked_waiting_request
 
-    _wrap(Scheduler, "_handle_blocked_waiting_request", make)
+    wrap(Scheduler, "_handle_blocked_waiting_request", make)
 
 
 def _patch_output_processor() -> None:
@@ -276,7 +276,7 @@ def _patch_output_processor() -> None:
 
         return process_outputs
 
-    _wrap(OutputProcessor, "process_outputs", make)
+    wrap(OutputProcessor, "process_outputs", make)
 
 
 def _publish_rows_v1(runner: Any, num_reqs: int, dummy: bool) -> None:
@@ -299,7 +299,7 @@ def _patch_v1_runner() -> None:
 
         return _build_attention_metadata
 
-    _wrap(runner, "_build_attention_metadata", make)
+    wrap(runner, "_build_attention_metadata", make)
 
 
 def _patch_v2_runner() -> None:
@@ -315,51 +315,16 @@ def _patch_v2_runner() -> None:
 
         return prepare_attn
 
-    _wrap(state, "prepare_attn", make)
-
-
-def _patch_dispatch() -> None:
-    """A decode step that has work for the CPU workers may not be replayed as one graph.
-
-    vLLM decides by shapes alone. Remove when a connector or a backend can ask for a step's kind of graph.
-    """
-    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-
-    runner = importlib.import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner
-
-    def make_execute(original: Any) -> Any:
-        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            from vllm_retrieval_attn.plugin.worker import current_worker
-
-            if (worker := current_worker()) is not None:
-                worker.look_ahead(scheduler_output)
-            return original(self, scheduler_output, *args, **kwargs)
-
-        return execute_model
-
-    def make_dispatch(original: Any) -> Any:
-        def dispatch(
-            self: Any, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
-        ) -> Any:
-            from vllm_retrieval_attn.plugin.worker import current_worker
-
-            worker = current_worker()
-            if worker is not None and worker.needs_pieces:
-                uniform_token_count = None  # as for a batch with a prefill
-                kwargs["max_query_len"] = None
-            return original(self, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
-
-        return dispatch
-
-    _wrap(runner, "execute_model", make_execute)
-    _wrap(CudaGraphManager, "dispatch", make_dispatch)
+    wrap(state, "prepare_attn", make)
 
 
 def patch_runner(use_v2: bool) -> None:
     """Patch the model runner of this worker; its module is imported by then."""
     if use_v2:
         _patch_v2_runner()
-        _patch_dispatch()
+        from vllm_retrieval_attn.plugin import graphs
+
+        graphs.install()
     else:
         _patch_v1_runner()
 
@@ -403,8 +368,8 @@ def _patch_engine_manager() -> None:
 
         return shutdown
 
-    _wrap(CoreEngineProcManager, "__init__", make_init)
-    _wrap(CoreEngineProcManager, "shutdown", make_shutdown)
+    wrap(CoreEngineProcManager, "__init__", make_init)
+    wrap(CoreEngineProcManager, "shutdown", make_shutdown)
 
 
 def install() -> None:

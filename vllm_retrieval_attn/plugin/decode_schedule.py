@@ -1,4 +1,4 @@
-"""How FlashAttention 3 divides the work of a decode batch, computed once a step: on its own, every layer does it again."""
+"""How FlashAttention 3 divides the work of a decode batch, computed once a step; else every layer does it again."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 
 from vllm_retrieval_attn.core import ownership
 from vllm_retrieval_attn.core.ownership import Split
-from vllm_retrieval_attn.plugin import row_ids
+from vllm_retrieval_attn.plugin import graphs, row_ids
 from vllm_retrieval_attn.plugin.compat import resolved_config
 from vllm_retrieval_attn.plugin.decode_schedule import decode_schedule
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
@@ -33,7 +33,8 @@ class RetrievalMetadata(AttentionMetadata):
         resident_lens: (R,) int64, paged tokens that a row attends to, its own included.
         query_start_dev, resident_lens_dev: int32 on the device.
         resident_table: (R, blocks) int32 on the device: sink blocks, then window blocks.
-        graph: made while a graph is captured, whose replays read all of this anew from the same memory.
+        graph: made while a graph is captured, whose replays read all of this anew from the same memory. paged: a graph
+            for batches of which no row attends to the host.
         slot_mapping: (T,) int64 on the device.
         schedule, splits: FlashAttention's, of a decode batch (plugin/decode_schedule.py); None and 0: its own choice.
         request_ids: one a row; None in a dummy run.
@@ -56,6 +57,7 @@ class RetrievalMetadata(AttentionMetadata):
     schedule: torch.Tensor | None = None
     splits: int = 0
     graph: bool = False
+    paged: bool = False
     resolved: bool = False
     plan: "StepPlan | None" = None
 
@@ -133,7 +135,8 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
             self._schedule = decode_schedule(vllm_config, kv_cache_spec, layer_names, self._fixed.longest, device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: "CommonAttentionMetadata") -> RetrievalMetadata:
-        return replace(self.build(0, common_attn_metadata), graph=True, request_ids=None)
+        built = self.build(0, common_attn_metadata)
+        return replace(built, graph=True, paged=graphs.capturing_paged(), request_ids=None)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: "CommonAttentionMetadata", fast_build: bool = False

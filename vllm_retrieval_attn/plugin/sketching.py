@@ -30,7 +30,7 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
     Args:
         layer: a retrieval layer's implementation, for its shapes.
     """
-    from vllm_retrieval_attn.device.decode_step import MOST_TOKENS, Geometry
+    from vllm_retrieval_attn.device.decode_step import MOST_TOKENS, Geometry, most_entries
     from vllm_retrieval_attn.device.sketch import Sketch, current_sketch, keep_sketch, pages_for
 
     config = resolved_config(vllm_config)
@@ -53,7 +53,7 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
             dim=layer.head_size,
             dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
             rows=vllm_config.scheduler_config.max_num_seqs,
-            entries=pages,
+            entries=most_entries(pages, vllm_config.scheduler_config.max_num_seqs),
             host_pages=config.host_pages,
             sketch_pages=pages,
             scale=layer.scale,

@@ -11,7 +11,7 @@ from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
-from vllm_retrieval_attn.plugin.ahead import needs_workers
+from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
@@ -68,6 +68,7 @@ class RetrievalWorker:
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
         graph_steps: steps that replayed one graph.
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
+        attends: whether any of its rows may attend to the host. paged: its graph has no kernels for that.
         sampler: of steps to compare with exact attention; None without an index. space: that codes are made in,
             likewise.
     """
@@ -92,7 +93,7 @@ class RetrievalWorker:
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
         self.sketch: Any = None
-        self.needs_pieces = False
+        self.needs_pieces, self.attends, self.paged = False, True, False
         self.graph_steps = 0
         if self.hosted:
             self._start_host(vllm_config)
@@ -174,9 +175,9 @@ class RetrievalWorker:
     # ---- a step
 
     def look_ahead(self, scheduler_output: Any) -> None:
-        """Before vLLM decides how to run a step: see whether the CPU workers are needed in it."""
+        """Before vLLM decides how to run a step: see whether the CPU workers are needed in it, and the host at all."""
         message = getattr(scheduler_output, "kv_connector_metadata", None)
-        self.needs_pieces = False
+        self.needs_pieces, self.attends = False, True
         if self.sketch is None or not isinstance(message, StepMessage):
             return
         if self.sampler is not None and message.admitted and self.sampler.draw():
@@ -184,12 +185,15 @@ class RetrievalWorker:
             return
         scheduled = scheduler_output.num_scheduled_tokens
         self.needs_pieces = needs_workers(message, scheduled, self.arena, self._options_of)
+        self.attends = may_attend(message, self.arena, self.config.split)
 
     def begin_graph(self, attn_metadata: dict[str, "RetrievalMetadata"]) -> None:
         """A graph is about to be replayed: resolve its batch, and send the descriptor that its kernels read."""
         if self.sketch is not None:
             metadata = attn_metadata[self._names[0]]
             plan = self.plan(metadata, graph=True)
+            if self.paged and plan is not None and plan.sketch is not None and plan.sketch.attends:
+                raise RuntimeError("retrieval: a row attends to the host in a step that was taken to need none")
             self.sketch.send(plan.sketch if plan is not None else None)
             self.graph_steps += 1
 

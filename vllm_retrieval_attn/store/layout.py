@@ -1,9 +1,8 @@
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
-Pages lie as [layer][page][kv_head][token][2][d]: what one layer of a step reads then spans the least memory. On an H100,
-rows that the GPU read from within about 1 GB crossed PCIe at 48 GB/s, and at 20 GB/s from a wider range, or with the
-layers of a page side by side (docs/benchmarks.md, 2026-11-25): the addresses of so many rows no longer fit the
-caches that translate them.
+Pages lie as [layer][page][kv_head][token][2][d]: what one layer of a step reads then spans the least memory. Rows that
+an H100 read from within about 1 GB crossed PCIe at 48 GB/s, and at 20 to 25 GB/s from a wider range
+(docs/benchmarks.md, 2026-11-25): so many addresses do not fit the caches that translate them.
 
 Its parts, in order, are those of :attr:`Layout.parts`, then the pages. Sizes depend only on the fields of
 :class:`Layout`, which the vLLM worker makes and the Ray actors receive, so both sides compute the same offsets. The
