@@ -76,7 +76,7 @@ class Decode:
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
         buffers = Buffers(self.arena.tensor.data_ptr(), sketch, mean, turns, turns, self.descriptor)
-        self.kernels = DecodeKernels(g, buffers, self.work, joins=args.joins)
+        self.kernels = DecodeKernels(g, buffers, self.work)
         for page in range(pages):
             self._fill(page, pages, turn, dtype)
         heads = g.kv_heads * g.group
@@ -187,7 +187,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
     parser.add_argument("--huge", action="store_true", help="back the arena by huge pages")
-    parser.add_argument("--joins", action="store_true", help="as if FlashAttention ran on another stream")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     return parser
 

@@ -279,9 +279,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     const int rows = rows_of(s), runs = entries_of(s) / RUN * (int)s.heads;
     Item item;
     int at = blockIdx.x;
-    let_next_start();
-    if (at < runs) begin_run(s, q, rows, at, item, a);  // none of it is written by the kernel before
-    wait_for_previous();
+    if (at < runs) begin_run(s, q, rows, at, item, a);
     while (at < runs) {
         if (threadIdx.x == 0) following = gridDim.x + (int)atomicAdd(s.ticket, 1u);
         const int pages = min(pages_of(item.row) - item.page, RUN);

@@ -46,7 +46,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
     __shared__ float factors[MERGE_THREADS], totals[MERGE_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const i64 all = rows_of(s) * s.heads * GROUP;
-    wait_for_previous();
     for (i64 i = blockIdx.x; i < all; i += gridDim.x) {
         const int g = (int)(i % GROUP), head = (int)(i / GROUP % s.heads);
         const Row row = row_at(s, (int)(i / GROUP / s.heads));

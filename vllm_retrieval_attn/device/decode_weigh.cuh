@@ -65,8 +65,6 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     Item item;
     int begin, end;
     range_of(s, begin, end);
-    let_next_start();
-    wait_for_previous();
     for (int index = begin; index < end; index++) {
         const bool fresh = find(s, rows, index, index == begin, item);
         if (reads_all(item.row)) continue;
