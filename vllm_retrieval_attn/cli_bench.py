@@ -144,12 +144,13 @@ def timeline(
     rows: RowLimits = "512,1024",
     out: Out = None,
 ) -> None:
-    """What the kernels of one layer take inside a graph, as a picture; Llama-3-8B's shape. Needs no vLLM."""
+    """When the kernels of one layer run inside a graph, as a picture; Llama-3-8B's shape. Needs no vLLM."""
     from vllm_retrieval_attn.bench import kernels
+    from vllm_retrieval_attn.bench import timeline as stamps
     from vllm_retrieval_attn.bench.figures import plot_timeline
 
     asked = [
         kernels.options().parse_args(["--tokens", str(context), "--rows-batch", str(batch), "--rows", str(limit)])
         for context, batch, limit in _combined(contexts, batches, rows)
     ]
-    plot_timeline(_told(map(kernels.measure, asked), out), plot)
+    plot_timeline(_told(map(stamps.measure, asked), out), plot)

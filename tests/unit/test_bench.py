@@ -7,11 +7,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_retrieval_attn.bench import decode, figures, kernels
+from vllm_retrieval_attn.bench import decode
+from vllm_retrieval_attn.bench import timeline as timeline_of
 from vllm_retrieval_attn.cli import app
 from vllm_retrieval_attn.cli_bench import refuse_slow_steps
 
-KERNELS = {"write_us": 5.1, "score_us": 34.5, "weigh_us": 10.8, "gather_us": 119.4, "merge_us": 6.5, "layer_us": 176.3}
+LAYER = (("write_tokens", 0, 5), ("score_keys", 2, 35), ("weigh_keys", 36, 47), ("gather_rows", 48, 108.5),
+         ("merge_parts", 109, 113))  # fmt: skip
 
 
 def row(way, load, **changed):
@@ -90,7 +92,9 @@ def test_a_sweep_and_a_timeline_are_drawn(asked, monkeypatch, tmp_path):
     sweep, timeline = tmp_path / "sweep.png", tmp_path / "timeline.png"
     found = run("sweep", "--plot", str(sweep), "--ways", "sketch,full", "--batches", "1,4")
     assert found.exit_code == 0, found.output
-    monkeypatch.setattr(kernels, "measure", lambda args: {**vars(args), **KERNELS})
+    spans = timeline_of.layer_spans([timeline_of.Event(*kernel) for kernel in LAYER], 0)
+    told = {"spans": spans, "layer_us": 113, "device": "a GPU"}
+    monkeypatch.setattr(timeline_of, "measure", lambda args: {**vars(args), **told})
     found = run("timeline", "--plot", str(timeline), "--contexts", "131072,524288")
     assert found.exit_code == 0, found.output
     rows = [json.loads(line) for line in found.output.splitlines()]
@@ -102,8 +106,19 @@ def test_a_sweep_and_a_timeline_are_drawn(asked, monkeypatch, tmp_path):
         assert picture.stat().st_size > 10_000
 
 
-def test_every_part_of_a_layer_is_in_the_picture():
-    assert set(figures.PARTS) == {name.removesuffix("_us") for name in KERNELS} - {"layer"}
+def test_spans_of_a_layer_are_those_of_its_kernels():
+    others = [timeline_of.Event("flash", 47, 48), timeline_of.Event("product", 113, 120)]
+    events = [*others]
+    for layer in range(3):
+        events += [timeline_of.Event(name, begin + 200 * layer, end + 200 * layer) for name, begin, end in LAYER]
+    spans = timeline_of.layer_spans(reversed(events), 1)
+    assert [(span["name"], span["begin_us"], span["end_us"]) for span in spans] == [
+        (timeline_of.KERNELS[name], begin, end) for name, begin, end in LAYER
+    ]
+    with pytest.raises(ValueError, match="not whole"):
+        timeline_of.layer_spans(events, 3)
+    with pytest.raises(ValueError, match="not whole"):
+        timeline_of.layer_spans([event for event in events if event.name != "score_keys"], 1)
 
 
 def test_bytes_of_requests_are_those_of_their_blocks_and_codes():

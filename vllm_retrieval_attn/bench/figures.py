@@ -1,10 +1,8 @@
-"""Pictures of decode steps: a sweep over contexts (RetrievalAttention, figure 1), and the parts of one layer."""
+"""Pictures of decode steps: a sweep over contexts (RetrievalAttention, figure 1), and the kernels of one layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-PARTS = ("write", "score", "weigh", "gather", "merge")
 
 
 def _pyplot() -> Any:
@@ -45,23 +43,26 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_timeline(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One bar for each row of bench/kernels.py: what the parts of a layer take, one after the other."""
+    """One lane for each row of bench/timeline.py: when the kernels of a layer run."""
     pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.8 * len(rows)))
+    figure, axis = pyplot.subplots(figsize=(11, 1.4 + 0.8 * len(rows)))
+    names = list(dict.fromkeys(span["name"] for row in rows for span in row["spans"]))
     for number, row in enumerate(rows):
-        start = 0.0
-        for part, name in enumerate(PARTS):
-            width = row[f"{name}_us"]
-            axis.barh(number, width, left=start, color=f"C{part}", label=name if number == 0 else None)
-            axis.text(start + width / 2, number, f"{width:.0f}", ha="center", va="center", fontsize=8)
-            start += width
-        axis.text(start, number, f"  layer {row['layer_us']:.0f} us", va="center", fontsize=9)
+        for span in row["spans"]:
+            begin, width = span["begin_us"], span["end_us"] - span["begin_us"]
+            axis.barh(number, width, left=begin, color=f"C{names.index(span['name'])}", edgecolor="white")
+            axis.text(begin + width / 2, number, f"{width:.0f}", ha="center", va="center", fontsize=8)
+        axis.text(row["layer_us"], number, f"  {row['layer_us']:.0f} us", va="center", fontsize=9)
     labels = [f"{row['tokens'] // 1024}K, batch {row['rows_batch']}, {row['rows']} rows" for row in rows]
     axis.set_yticks(range(len(rows)), labels)
     axis.invert_yaxis()
-    axis.set_xlim(right=axis.get_xlim()[1] * 1.15)
-    axis.set_xlabel("microseconds of one layer")
-    axis.legend(ncols=len(PARTS), loc="lower right", bbox_to_anchor=(1, 1))
+    axis.set_xlim(right=max(row["layer_us"] for row in rows) * 1.12)
+    axis.set_xlabel("microseconds from the first kernel of the layer, inside a CUDA graph")
+    axis.legend(
+        [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))], names, ncols=len(names),
+        loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
+    )  # fmt: skip
+    axis.set_title(rows[0]["device"], loc="right", fontsize=9)
     _save(pyplot, figure, path)
 
 

@@ -1,14 +1,13 @@
 """What the CUDA kernels of a decode step cost, a layer: `python -m vllm_retrieval_attn.bench.kernels`.
 
-Random keys, values and queries; K and V in pinned host memory. Each number is a median over replays of a CUDA graph of
-`--layers` layers that rotate over more data than L2 holds. The cost of a part is what the graph grows by with it.
-Prints one JSON row.
+Random keys, values and queries; K and V in host memory as a server has it. Each number is a median over replays of a
+CUDA graph of `--layers` layers, which differ as far as `--host-gb` allows. The cost of a part is what the graph grows
+by with it. Prints one JSON row.
 """
 
 import argparse
 import json
 import math
-import mmap
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,33 +17,42 @@ import torch
 
 from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
 from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, most_entries
+from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.sketch.space import rotation
+from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.pinning import Pinner
+from vllm_retrieval_attn.store.shared_file import SharedFile
+from vllm_retrieval_attn.store.views import Views, page_tensor
 
 _PARTS = ("write", "score", "weigh", "gather", "merge")
-_ROTATED_BYTES = 256 << 20
-"""Sketch bytes that layers rotate over: five times the L2 of an H100."""
-_MAPPED_PORTABLE = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
-class Arena:
-    """Pinned host memory: a plain mapping registered with CUDA, since torch's pinned allocator rounds sizes up."""
+class HostMemory:
+    """Pages of all layers, made, touched and pinned as a server makes its arena.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, huge: bool) -> None:
-        size = math.prod(shape) * dtype.itemsize
-        if huge:
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            self._map = mmap.mmap(-1, size)
-        self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
-        status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, _MAPPED_PORTABLE)
-        if int(status) != 0:
-            raise RuntimeError(f"retrieval: {size >> 20} MiB of host memory cannot be pinned: {status}")
+    Attributes:
+        pages: (pages, layers, kv_heads, PAGE, 2, d), not contiguous (store/layout.py). address: of the first one.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        g = geometry
+        layout = Layout(
+            layers=g.layers, heads=g.kv_heads * g.group, kv_heads=g.kv_heads, dim=g.dim, itemsize=2,
+            dtype_code=DTYPE_CODES[g.dtype], page_tokens=PAGE, pages=g.host_pages, max_rows=g.rows,
+            table_pages=g.host_pages, actors=1, threads=1,
+        )  # fmt: skip
+        self._file = SharedFile.create(layout.file_bytes, rank=0)
+        views = Views(layout, self._file.map)
+        self.pages = page_tensor(layout, views, getattr(torch, g.dtype))
+        self.address = int(views.pages.ctypes.data)
+        self._pinner = Pinner(self.address - layout.pages_offset, layout)
 
     def close(self) -> None:
-        """Unregister it: the address may be given out again."""
+        """Give it back."""
         torch.cuda.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+        self._pinner.close()
+        del self.pages
+        self._file.close()
 
 
 class Decode:
@@ -59,8 +67,8 @@ class Decode:
         pages = -(-(args.tokens + 1) // PAGE)
         captured = max(args.captured, args.rows_batch)
         all_pages = pages * args.rows_batch
-        probe = Geometry(1, args.heads, args.group, args.dim, args.dtype, 1, 1, 1, 1, 1.0)
-        self.data_layers = min(args.layers, 1 + _ROTATED_BYTES // (probe.sketch_page_bytes * all_pages))
+        layer_bytes = all_pages * args.heads * PAGE * 4 * args.dim
+        self.data_layers = max(1, min(args.layers, int(args.host_gb * 1e9 / layer_bytes)))
         self.geometry = Geometry(
             layers=self.data_layers, kv_heads=args.heads, group=args.group, dim=args.dim, dtype=args.dtype,
             rows=captured, entries=most_entries(all_pages, args.rows_batch), host_pages=all_pages,
@@ -68,14 +76,14 @@ class Decode:
         )  # fmt: skip
         g, dtype = self.geometry, getattr(torch, args.dtype)
         torch.manual_seed(0)
-        self.arena = Arena((g.layers, all_pages, g.kv_heads, PAGE, 2, g.dim), dtype, args.huge)
+        self.host = HostMemory(g)
         sketch = torch.zeros(all_pages * g.sketch_page_bytes, dtype=torch.uint8, device="cuda")
         turn = torch.from_numpy(rotation(g.dim).astype(np.float32)).cuda()
         turns = turn.expand(2, g.layers, g.kv_heads, g.dim, g.dim).contiguous()
         mean = torch.zeros(2, g.layers, g.kv_heads, g.dim, device="cuda")
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
-        buffers = Buffers(self.arena.tensor.data_ptr(), sketch, mean, turns, turns, self.descriptor)
+        buffers = Buffers(self.host.address, sketch, mean, turns, turns, self.descriptor)
         self.kernels = DecodeKernels(g, buffers, self.work)
         for page in range(pages):
             self._fill(page, pages, turn, dtype)
@@ -87,6 +95,8 @@ class Decode:
         )  # fmt: skip
         self.out = torch.randn(captured, heads, g.dim, device="cuda").to(dtype)
         self.lse = torch.full((heads, captured), math.log(640) + 2, device="cuda")
+        self.weights = torch.randn(28672, 4096, device="cuda").bfloat16() if args.products else None
+        self.state = torch.randn(captured, 4096, device="cuda").bfloat16()
 
     def _fill(self, page: int, pages: int, turn: torch.Tensor, dtype: torch.dtype) -> None:
         g = self.geometry
@@ -95,7 +105,7 @@ class Decode:
             rows = torch.randn(g.kv_heads, PAGE, 2, g.dim, device="cuda").to(dtype)
             places = (rows[:, :, 0].float() @ turn.T).transpose(0, 1).contiguous()
             for row in range(self.args.rows_batch):
-                self.arena.tensor[layer, row * pages + page].copy_(rows)
+                self.host.pages[row * pages + page, layer].copy_(rows)
                 targets[:, 0] = row * pages + page
                 self.kernels.encode(layer, places, targets)
 
@@ -131,6 +141,8 @@ class Decode:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for number in range(self.args.layers):
+                if self.weights is not None:
+                    torch.mm(self.state, self.weights.T)
                 self.layer(number, parts)
         return graph
 
@@ -154,15 +166,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     decode = Decode(args)
     decode.describe(args.tokens)
     graphs = [decode.graph(parts) for parts in range(1, len(_PARTS) + 1)]
-    costs = decode.microseconds(graphs)
+    base = decode.microseconds([decode.graph(0)])[0] if args.products else 0.0
+    costs = [cost - base for cost in decode.microseconds(graphs)]
     whole = graphs[-1]
     decode.work.read.zero_()
     whole.replay()
     torch.cuda.synchronize()
     read = decode.work.read[: args.rows_batch].float().mean().item() / args.layers / args.heads
     decode.describe(0)
-    (idle,) = decode.microseconds([whole])
-    decode.arena.close()
+    idle = decode.microseconds([whole])[0] - base
+    decode.host.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
     given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}
     return {
@@ -186,7 +199,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--tau", type=float, default=1e-3, help="weight from which on a key is always read")
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
-    parser.add_argument("--huge", action="store_true", help="back the arena by huge pages")
+    parser.add_argument("--host-gb", type=float, default=20, help="host memory that layers rotate over, at most")
+    parser.add_argument("--products", action="store_true", help="a product with 235 MB of weights between layers")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     return parser
 

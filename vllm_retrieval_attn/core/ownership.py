@@ -58,10 +58,12 @@ class Split:
         Never decreases as ``computed`` grows, so a block that the scheduler freed on an older
         (smaller) count is never needed again.
         """
-        return int(self.window_starts(np.array([computed]))[0])
+        if computed <= self.resident_tokens:
+            return self.sink_end
+        return max(self.sink_end, (computed - self.window_tokens) // self.block_size * self.block_size)
 
     def window_starts(self, computed: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``W0`` of several rows, (R,)."""
+        """:meth:`window_start` of several rows, (R,)."""
         aligned = (computed - self.window_tokens) // self.block_size * self.block_size
         starts: npt.NDArray[Any] = np.maximum(
             self.sink_end, np.where(computed <= self.resident_tokens, self.sink_end, aligned)

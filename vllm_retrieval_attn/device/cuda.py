@@ -10,7 +10,7 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror
+from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror, warm_up
 from vllm_retrieval_attn.device.prefill_stream import Stage, stream_of
 from vllm_retrieval_attn.device.sketch import current_sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
@@ -62,6 +62,11 @@ class CudaHost:
         self.found = torch.empty(shape, dtype=torch.float32, pin_memory=True)
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
         self.stage = Stage(lay, arena.pages.dtype, device)
+
+    def warm_up(self, cache: torch.Tensor) -> None:
+        """Compile kernels for a layer's paged cache (blocks, kv_heads, block, 2 * d)."""
+        lay = self._layout
+        warm_up(cache, lay.heads, self.arena_address, lay.head_elements)
 
     def plan(self, plan: "StepPlan") -> DevicePlan:
         """Send a step's index arrays to the GPU, once for all layers."""

@@ -44,7 +44,8 @@ def mirror(
     layer_address: int,
     head_elements: int,
 ) -> None:
-    """Copy K and V of batch tokens from the paged cache to the arena, on the current stream.
+    """Copy K and V of batch tokens from the paged cache to the arena, on the current stream. Grids and arguments are
+    those of :func:`warm_up`, too.
 
     Args:
         cache: (blocks, kv_heads, block, 2 * d), any strides with a dense last axis.
@@ -53,12 +54,23 @@ def mirror(
         layer_address: host address of the layer's first page, pinned.
         head_elements: elements of one head in one page.
     """
-    _, kv_heads, block, width = cache.shape
+    arguments, constants = _mirror_arguments(cache, slots, tokens, targets, layer_address, head_elements)
+    _mirror_kernel[(len(tokens), cache.shape[1])](*arguments, **constants)
+
+
+def _mirror_arguments(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    layer_address: int,
+    head_elements: int,
+) -> tuple[list[Any], dict[str, Any]]:
+    _, _, block, width = cache.shape
+    strides = (cache.stride(axis) for axis in range(3))
     dim = width // 2
-    _mirror_kernel[(len(tokens), kv_heads)](
-        cache, slots, tokens, targets, layer_address, block, cache.stride(0), cache.stride(1),
-        cache.stride(2), head_elements, DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1,
-    )  # fmt: skip
+    constants = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "num_warps": 1}
+    return [cache, slots, tokens, targets, layer_address, block, *strides, head_elements], constants
 
 
 @triton.jit
@@ -121,11 +133,40 @@ def merge_in_place(
         more: (M, heads, d). more_lse: (heads, M) float32.
         rows: (M,) int64 rows of ``out`` that ``more`` belongs to; None: M == R, in order.
     """
+    arguments, constants = _merge_arguments(out, lse, more, more_lse, rows)
+    _merge_kernel[(more.shape[0], out.shape[1])](*arguments, **constants)
+
+
+def _merge_arguments(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    more: torch.Tensor,
+    more_lse: torch.Tensor,
+    rows: torch.Tensor | None,
+) -> tuple[list[Any], dict[str, Any]]:
     dim = out.shape[-1]
     arguments: list[Any] = [
         out, lse, more, more_lse, rows if rows is not None else lse, out.stride(0), out.stride(1), lse.stride(1),
         lse.stride(0), more.stride(0), more.stride(1), more_lse.stride(1), more_lse.stride(0),
     ]  # fmt: skip
-    _merge_kernel[(more.shape[0], out.shape[1])](
-        *arguments, HAS_ROWS=rows is not None, DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1
-    )
+    constants = {"HAS_ROWS": rows is not None, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "num_warps": 1}
+    return arguments, constants
+
+
+def warm_up(cache: torch.Tensor, heads: int, layer_address: int, head_elements: int) -> None:
+    """Compile what prefill and searched steps launch, so that no request waits for it. Launches nothing.
+
+    Args:
+        cache: paged cache of a layer, as in :func:`mirror`; so are the last two. heads: query heads.
+    """
+    device, dtype, dim = cache.device, cache.dtype, cache.shape[-1] // 2
+    tokens = torch.zeros(16, dtype=torch.int64, device=device)
+    arguments, constants = _mirror_arguments(cache, tokens, tokens, tokens, layer_address, head_elements)
+    _mirror_kernel.warmup(*arguments, **constants, grid=(1, 1))
+    for rows in (16, 17):  # Triton tells strides that 16 divides from others
+        out, lse = torch.empty(rows, heads, dim, device=device), torch.empty(heads, rows, device=device)
+        of_pages = out.to(dtype)
+        cases = [(out, lse, of_pages, lse, None), (of_pages, lse, out, lse.T.contiguous().T, tokens)]
+        for case in cases:
+            arguments, constants = _merge_arguments(*case)
+            _merge_kernel.warmup(*arguments, **constants, grid=(1, 1))

@@ -204,6 +204,8 @@ class RetrievalWorker:
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._kv_caches = {name: kv_caches[name] for name in self._names if name in kv_caches}
+        if self.hosted and self.cuda is not None and self._kv_caches:
+            self.cuda.warm_up(next(iter(self._kv_caches.values())))
 
     def begin_step(self, message: StepMessage) -> None:
         """Take the scheduler's word before the forward pass: release what ended."""

@@ -10,18 +10,22 @@ Source: the weighting is that of anisotropic quantization (Guo et al., arXiv 190
 docs/index.md.
 """
 
-from dataclasses import dataclass
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 RIDGE = 1e-3
 """Share of the mean variance added to every dimension, so that few queries do not make a direction free."""
+_HEADS_AT_ONCE = 8
 ROTATION, LEARNED = 0, 1
 """Which space coded a page: the constant rotation, or the model's own once it is learned."""
 
@@ -73,6 +77,14 @@ def balanced(mean: npt.NDArray[Any], covariance: npt.NDArray[Any], moment: npt.N
         ValueError: statistics that are not finite.
     """
     spread, wanted = (np.asarray(part, np.float64) for part in (covariance, moment))
+    heads = [slice(first, first + _HEADS_AT_ONCE) for first in range(0, len(spread), _HEADS_AT_ONCE)]
+    # A prompt waits for this. BLAS with threads of its own is slower than without, for matrices so small.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(len(heads), len(os.sched_getaffinity(0)))) as pool:
+        parts = list(pool.map(lambda some: _balanced(mean[some], spread[some], wanted[some]), heads))
+    return Space(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Space)))
+
+
+def _balanced(mean: npt.NDArray[Any], spread: Doubles, wanted: Doubles) -> Space:
     if not (np.isfinite(spread).all() and np.isfinite(wanted).all() and np.isfinite(mean).all()):
         raise ValueError("statistics of keys and queries must be finite")
     root = np.linalg.cholesky(_ridged(spread))
@@ -82,7 +94,7 @@ def balanced(mean: npt.NDArray[Any], covariance: npt.NDArray[Any], moment: npt.N
     turned = rotation(spread.shape[-1])
     queries = (turned * values[..., None, :] ** -0.25) @ vectors.swapaxes(-1, -2) @ root.swapaxes(-1, -2)
     keys = np.linalg.inv(queries).swapaxes(-1, -2)
-    deviation = np.sqrt(np.einsum("hij,hjk,hik->hi", keys, _ridged(spread), keys))[..., None]
+    deviation = np.sqrt(((keys @ _ridged(spread)) * keys).sum(-1))[..., None]
     return Space(
         np.asarray(mean, np.float32), (keys / deviation).astype(np.float32), (queries * deviation).astype(np.float32)
     )
