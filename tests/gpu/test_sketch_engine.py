@@ -8,6 +8,8 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 LENGTHS = (6000, 700, 5000, 90, 9000)
+SHORT = (1000, 4096 - 8)
+"""A batch that no row of attends to the host, until one of them leaves its resident tokens behind."""
 TOKENS = 24
 
 
@@ -22,6 +24,7 @@ def answers(tmp_path_factory):
 
     folder = str(write_shape("tiny", tmp_path_factory.mktemp("shape")))
     prompts = [_prompt(length, 1000, seed) for seed, length in enumerate(LENGTHS)]
+    short = [_prompt(length, 1000, seed) for seed, length in enumerate(SHORT)]
     knobs = {"host_memory_gb": 0.5, "rows": 1 << 15, "max_rows": 1 << 15, "poison_freed": True}
     ways = {
         "full": ("FLASH_ATTN", None),
@@ -40,7 +43,10 @@ def answers(tmp_path_factory):
         first = engine.run(prompts, **sampling)
         second = engine.run(prompts, **sampling)
         worker = engine.worker() if given else None
-        found[name] = first, second, worker.graph_steps if worker else 0
+        before = worker.paged_steps if worker else 0
+        third = engine.run(short, **sampling)
+        steps = (worker.graph_steps, worker.paged_steps - before) if worker else (0, 0)
+        found[name] = first, second, steps, third
         if worker:
             assert worker.arena.used_pages == worker.sketch.codes.used == 0
         engine.close()
@@ -64,7 +70,14 @@ def far(one, other):
 def test_all_rows_read_in_graphs_give_full_attention(answers):
     for one, other in zip(answers["full"][0], answers["sketch"][0], strict=True):
         assert far(one, other) < 0.05
-    assert answers["sketch"][2] >= 2 * (TOKENS - 4)
+    assert answers["sketch"][2][0] >= 2 * (TOKENS - 4)
+
+
+def test_what_steps_without_the_host_wrote_is_there_once_it_is_needed(answers):
+    for one, other in zip(answers["full"][3], answers["sketch"][3], strict=True):
+        assert far(one, other) < 0.05
+    assert 4 <= answers["sketch"][2][1] <= 10
+    assert [answer.retrieval["path"] for answer in answers["sketch"][3]] == ["paged", "sketch"]
 
 
 def test_the_same_batch_gives_the_same_tokens(answers):

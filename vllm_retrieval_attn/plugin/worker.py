@@ -66,7 +66,7 @@ class RetrievalWorker:
     Attributes:
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
-        graph_steps: steps that replayed one graph.
+        graph_steps: steps that replayed one graph. paged_steps: those of them without kernels for the host.
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
         attends: whether any of its rows may attend to the host. paged: its graph has no kernels for that.
         sampler: of steps to compare with exact attention; None without an index. space: that codes are made in,
@@ -94,7 +94,7 @@ class RetrievalWorker:
         self._written: Any = None
         self.sketch: Any = None
         self.needs_pieces, self.attends, self.paged = False, True, False
-        self.graph_steps = 0
+        self.graph_steps = self.paged_steps = 0
         if self.hosted:
             self._start_host(vllm_config)
         _current = self
@@ -196,6 +196,7 @@ class RetrievalWorker:
                 raise RuntimeError("retrieval: a row attends to the host in a step that was taken to need none")
             self.sketch.send(plan.sketch if plan is not None else None)
             self.graph_steps += 1
+            self.paged_steps += self.paged
 
     def finish_forward(self) -> None:
         """All kernels of this step's layers are under way."""
@@ -359,6 +360,7 @@ class RetrievalWorker:
                 "path": self.arena.file.path,
                 "space": "learned" if self.arena.space == LEARNED else "rotation",
                 "graph_steps": self.graph_steps,
+                "paged_steps": self.paged_steps,
                 "code_pages": self.sketch.codes.used if self.sketch is not None else 0,
                 "uncoded": self.arena.uncoded,
                 "probes": self.sampler.probes if self.sampler is not None else 0,
