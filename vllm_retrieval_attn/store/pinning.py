@@ -1,10 +1,9 @@
 """Pinning the shared file for the GPU, all of it at start: no request waits for it, and no graph is captured meanwhile.
 
-Most of the time is the system's, for clearing memory at first touch; so threads touch it side by side before CUDA is
-asked to pin it.
+Most of the time is the system's, for clearing memory at first touch; so threads take it side by side before CUDA is
+asked to pin it (store/mapping.py).
 """
 
-import ctypes
 import logging
 import os
 import time
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 
 from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.mapping import take_memory
 
 logger = logging.getLogger("vllm.retrieval")
 
 SLAB_BYTES = 1 << 30
 _MAPPED_PORTABLE = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
-_HUGE_PAGES, _POPULATE_WRITE = 14, 23  # of madvise
 _MOST_THREADS = 16
 
 
@@ -41,17 +40,21 @@ class Pinner:
         size = max(1, SLAB_BYTES // layout.page_layer_bytes) * layout.page_layer_bytes
         slabs = [(address + start, min(size, end - start)) for start in range(layout.pages_offset, end, size)]
         with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
-            touched = pool.map(_touch, slabs)
+            taken = pool.map(lambda slab: take_memory(*slab), slabs)
+            huge = 0
             try:
                 self._register(address, layout.pinned_bytes)
-                for slab, _ in zip(slabs, touched, strict=True):  # one after the other, behind those that touch
+                for slab, in_huge_pages in zip(slabs, taken, strict=True):  # behind those that take it
+                    huge += in_huge_pages
                     self._register(*slab)
             except RuntimeError:
                 pool.shutdown(cancel_futures=True)
                 self.close()
                 raise
-        seconds = time.monotonic() - begin
-        logger.info("retrieval: pinned %.1f GB of host memory in %.1f s", (end - layout.pages_offset) / 1e9, seconds)
+        logger.info(
+            "retrieval: pinned %.1f GB of host memory in %.1f s, %d %% of it in huge pages",
+            (end - layout.pages_offset) / 1e9, time.monotonic() - begin, 100 * huge // (end - layout.pages_offset),
+        )  # fmt: skip
 
     def _register(self, address: int, length: int) -> None:
         cudart: Any = torch.cuda.cudart()
@@ -68,10 +71,3 @@ class Pinner:
         for address in self._registered:
             cudart.cudaHostUnregister(address)
         self._registered.clear()
-
-
-def _touch(slab: tuple[int, int]) -> None:
-    """Have the system give memory; where it can not so, pinning does it, slower."""
-    libc, (address, length) = ctypes.CDLL(None), slab
-    for advice in (_HUGE_PAGES, _POPULATE_WRITE):
-        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)

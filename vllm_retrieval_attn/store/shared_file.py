@@ -6,15 +6,15 @@ sparse: memory is taken when a page is first written. A named file carries the p
 start time of its owner, so that the next start can remove what a killed owner left.
 """
 
-import contextlib
 import logging
-import mmap
 import os
 import re
 import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
+
+from vllm_retrieval_attn.store.mapping import map_file
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -62,7 +62,7 @@ class SharedFile:
 
     Attributes:
         path: what another process of the same user opens to attach.
-        map: the whole file, mapped read-write.
+        map: the whole file, mapped read-write, as bytes; None once closed.
     """
 
     def __init__(self, fd: int, path: str, named: Path | None) -> None:
@@ -70,7 +70,7 @@ class SharedFile:
         self._named = named
         self._fd = fd
         self.size = os.fstat(fd).st_size
-        self.map = mmap.mmap(fd, self.size)
+        self.map = map_file(fd, self.size)
 
     @classmethod
     def create(cls, size: int, rank: int, directory: Path = SHM_DIR) -> "SharedFile":
@@ -101,8 +101,7 @@ class SharedFile:
         if self._named is not None:
             self._named.unlink(missing_ok=True)
             self._named = None
-        with contextlib.suppress(BufferError):  # arrays of ours still look at it: freed with the process
-            self.map.close()
+        self.map = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
