@@ -1,5 +1,6 @@
 """The attention layer on CUDA: FlashAttention over the pages, search on the CPU meanwhile, merge."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror, warm_up
 from vllm_retrieval_attn.device.prefill_stream import Stage, stream_of
-from vllm_retrieval_attn.device.sketch import current_sketch
+from vllm_retrieval_attn.device.sketch import Sketch, current_sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
 from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.store.layout import Layout
@@ -104,6 +105,30 @@ class CudaHost:
         self.pinner.close()
 
 
+def _decode(
+    sketch: Sketch,
+    layer: int,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
+    attend_paged: Callable[[bool], torch.Tensor | None],
+) -> None:
+    """A layer of a captured step: attention over the paged tokens on a branch of its own, beside the scoring of all
+    codes, joined where its log-sum-exp is wanted.
+
+    Args:
+        inputs: query, key and value of the rows. attend_paged: attends into ``output`` on the current stream.
+    """
+    query, key, value = inputs
+    main, branch = torch.cuda.current_stream(), sketch.branch
+    branch.wait_stream(main)
+    with torch.cuda.stream(branch):
+        lse = attend_paged(True)
+    sketch.kernels.before(layer, key, value, query)
+    main.wait_stream(branch)
+    assert lse is not None
+    sketch.kernels.after(layer, query, output, lse)
+
+
 class CudaLayer:
     """Attention of one retrieval layer on a CUDA device."""
 
@@ -137,15 +162,39 @@ class CudaLayer:
         if self._one is None:
             self._one = torch.ones((), device=kv_cache.device)  # K and V are not quantized
         reshape_and_cache_flash(key, value, key_cache, value_cache, metadata.slot_mapping, "auto", self._one, self._one)
-        search = False
+
+        def attend_paged(with_lse: bool) -> torch.Tensor | None:
+            """Attention over the paged tokens into ``output``; its log-sum-exp (heads, T)."""
+            result = flash_attn_varlen_func(
+                q=query,
+                k=key_cache,
+                v=value_cache,
+                out=output,
+                cu_seqlens_q=metadata.query_start_dev,
+                max_seqlen_q=metadata.max_query_len,
+                seqused_k=metadata.resident_lens_dev,
+                max_seqlen_k=metadata.max_resident_len,
+                softmax_scale=self._scale,
+                causal=True,
+                block_table=metadata.resident_table,
+                return_softmax_lse=with_lse,
+                scheduler_metadata=metadata.schedule,
+                num_splits=metadata.splits,
+                fa_version=self._version,
+            )
+            return result[1] if with_lse else None
+
         sketch = current_sketch()
-        if metadata.paged:
+        if metadata.graph:
             assert sketch is not None
-            sketch.write_after_last(layer, kv_cache, metadata.slot_mapping)
-        elif metadata.graph:
-            assert sketch is not None
-            sketch.kernels.before(layer, key, value, query)
-        elif plan is not None and worker is not None:
+            if metadata.paged:
+                sketch.write_after_last(layer, kv_cache, metadata.slot_mapping)
+                attend_paged(False)
+            else:
+                _decode(sketch, layer, (query, key, value), output, attend_paged)
+            return
+        search = False
+        if plan is not None and worker is not None:
             host = worker.cuda
             device_plan = host.plan(plan)
             self._mirror(host, worker.arena.layout, layer, kv_cache, metadata, device_plan)
@@ -156,32 +205,10 @@ class CudaLayer:
                 assert sketch is not None
                 sketch.encode(layer, part.space, key.index_select(0, part.tokens), part.targets)
         streaming = plan.prefill if plan is not None else []
-        chosen = plan is not None and plan.sketch is not None and plan.sketch.attends and not metadata.graph
-        result = flash_attn_varlen_func(
-            q=query,
-            k=key_cache,
-            v=value_cache,
-            out=output,
-            cu_seqlens_q=metadata.query_start_dev,
-            max_seqlen_q=metadata.max_query_len,
-            seqused_k=metadata.resident_lens_dev,
-            max_seqlen_k=metadata.max_resident_len,
-            softmax_scale=self._scale,
-            causal=True,
-            block_table=metadata.resident_table,
-            return_softmax_lse=search or bool(streaming) or chosen or (metadata.graph and not metadata.paged),
-            scheduler_metadata=metadata.schedule,
-            num_splits=metadata.splits,
-            fa_version=self._version,
-        )
-        if metadata.graph:
-            if not metadata.paged:
-                assert sketch is not None
-                sketch.kernels.after(layer, query, output, result[1])
+        chosen = plan is not None and plan.sketch is not None and plan.sketch.attends
+        lse = attend_paged(search or bool(streaming) or chosen)
+        if lse is None:
             return
-        if not (search or streaming or chosen):
-            return
-        lse = result[1]
         assert worker is not None
         assert plan is not None
         if search:

@@ -41,6 +41,7 @@ class Sketch:
 
     Attributes:
         codes: which request has which page. kernels: see device/decode_kernels.py.
+        branch: stream of what runs beside the scoring of a layer.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device) -> None:
@@ -59,6 +60,7 @@ class Sketch:
         )
         self._work = scratch(geometry, device)
         self.kernels = DecodeKernels(geometry, self._buffers, self._work)
+        self.branch = torch.cuda.Stream(device)
         numbers, rows = geometry.descriptor_numbers, geometry.rows
         self._staged = [torch.zeros(numbers, dtype=torch.int64, pin_memory=True) for _ in range(_SLOTS)]
         self._free = [torch.cuda.Event() for _ in range(_SLOTS)]
