@@ -40,7 +40,7 @@ def cases(draw):
     kv_heads = draw(st.integers(1, 5))
     layout = make_layout(
         dtype, actors=draw(st.integers(1, min(3, kv_heads))), threads=draw(st.integers(1, 4)), kv_heads=kv_heads,
-        group=draw(st.integers(1, 4)), dim=draw(st.sampled_from([16, 40, 64])), layers=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 4)), dim=draw(st.sampled_from([16, 48, 64])), layers=draw(st.integers(1, 3)),
         page_tokens=draw(st.sampled_from([1, 16, 64, 128])),
     )  # fmt: skip
     longest = layout.page_tokens * layout.table_pages

@@ -37,8 +37,8 @@ class Softmax:
         around[self.AHEAD : self.AHEAD + count] = rows
         code = DTYPE_CODES[str(rows.dtype).removeprefix("torch.")]
         self.memory, self.q = memory_of(around.view(torch.uint8).numpy(), code), q
-        self.run, self.work = running(*q.shape), scratch(*q.shape)
-        for part in (self.work.rows, self.work.scores, self.work.exp_scale):
+        self.run, self.work = running(*q.shape), scratch(len(q))
+        for part in (self.work.scores, self.work.log_pi, self.work.sum):
             part[:] = np.nan
 
     def fold(self, first: int, n: int) -> None:

@@ -1,8 +1,8 @@
 """Numba kernels over rows of keys and values in host memory.
 
-A row is a key and its value side by side, 2 * d elements (float32, bfloat16 or float16 in a byte buffer). Rows are read
-where they lie, converted a tile at a time into float32 scratch, and accumulated in float32 with the online softmax of
-FlashAttention (arXiv 2205.14135, algorithm 1). All kernels release the GIL.
+A row is a key and its value side by side, 2 * d elements (float32, bfloat16 or float16 in a byte buffer); d is a
+multiple of 16 (index/vector.py). Rows are read where they lie, a tile at a time, and accumulated in float32 with the
+online softmax of FlashAttention (arXiv 2205.14135, algorithm 1). All kernels release the GIL.
 """
 
 from typing import Any, NamedTuple
@@ -14,13 +14,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from vllm_retrieval_attn.index.vector import add_values, dots, soften
+
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""Codes for the element type of stored rows."""
+"""Codes for the element type of stored rows, as in index/vector.py."""
 DTYPE_CODES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
-TILE = 64
-"""Rows converted and scored at a time: a tile of 64 x 256 float32 stays in L2, a row of it in L1."""
-AHEAD = 12
-"""Rows fetched ahead of the one converted: single rows lie anywhere in memory."""
+TILE = 32
+"""Rows scored at a time: they are still in L2 when their values are added up."""
+AHEAD = 16
+"""Rows fetched ahead of the one scored: single rows lie anywhere in memory."""
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HI = np.float32(0.693359375)
@@ -43,15 +45,13 @@ class Scratch(NamedTuple):
     """Memory of one thread, for ``g`` query heads of size d.
 
     Attributes:
-        rows, bits: (TILE + 3, 2 * d) float32 and its uint32 view. scores: (g, TILE + 3) float32.
-        exp_bits, exp_scale: (TILE + 3,) int32 and its float32 view.
+        starts: (TILE,) int64. scores: (g, TILE), log_pi: (TILE,), sum: (1,) float32.
     """
 
-    rows: npt.NDArray[np.float32]
-    bits: npt.NDArray[np.uint32]
+    starts: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
-    exp_bits: npt.NDArray[np.int32]
-    exp_scale: npt.NDArray[np.float32]
+    log_pi: npt.NDArray[np.float32]
+    sum: npt.NDArray[np.float32]
 
 
 class Running(NamedTuple):
@@ -72,11 +72,10 @@ def memory_of(buffer: npt.NDArray[Any], dtype: int) -> Memory:
     return Memory(raw[: raw.size // 2 * 2].view(np.uint16), raw[: raw.size // 4 * 4].view(np.float32), dtype)
 
 
-def scratch(g: int, dim: int) -> Scratch:
+def scratch(g: int) -> Scratch:
     """Memory for the kernels below."""
-    rows = np.zeros((TILE + 3, 2 * dim), np.float32)
-    exp_bits = np.zeros(TILE + 3, np.int32)
-    return Scratch(rows, rows.view(np.uint32), np.zeros((g, TILE + 3), np.float32), exp_bits, exp_bits.view(np.float32))
+    scores, log_pi, total = (np.zeros(shape, np.float32) for shape in ((g, TILE), TILE, 1))
+    return Scratch(np.zeros(TILE, np.int64), scores, log_pi, total)
 
 
 def running(g: int, dim: int) -> Running:
@@ -85,7 +84,7 @@ def running(g: int, dim: int) -> Running:
 
 
 @intrinsic
-def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     """Bring the cache line of ``array[index]`` closer; nothing happens where it is not mapped."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -95,10 +94,21 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
         name = "llvm.prefetch.p0i8"
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [pointer, ir.Constant(word, 0), ir.Constant(word, 2), ir.Constant(word, 1)])
+        builder.call(function, [pointer, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
+
+
+@jit
+def fetch_row(memory: Any, start: int, width: int) -> None:
+    """Bring ``width`` elements from element ``start`` on closer, without waiting for them."""
+    if memory.dtype == FLOAT32:
+        for line in range(0, width, 16):
+            prefetch(memory.words, start + line)
+    else:
+        for line in range(0, width, 32):
+            prefetch(memory.halves, start + line)
 
 
 @jit
@@ -151,65 +161,46 @@ def exp_in_place(x: Any, n: int, bits: Any, scale: Any) -> None:
 
 
 @jit
-def _score(m: int, q: Any, rows: Any, scores: Any) -> None:
-    """``scores[i, t] = q[i] . rows[t, :d]`` for t < m; up to three rows beyond m are scored, too."""
-    g, dim = q.shape
-    # Four keys at a time: their sums are independent, and a query element is read once for all four.
-    for t in range(0, m, 4):
-        k0, k1, k2, k3 = rows[t, :dim], rows[t + 1, :dim], rows[t + 2, :dim], rows[t + 3, :dim]
-        for i in range(g):
-            qi = q[i]
-            s0 = s1 = s2 = s3 = np.float32(0.0)
+def _raise(m: int, work: Any, run: Any) -> None:
+    """Turn ``scores`` (g, m) less ``log_pi`` into exponentials within the running softmax, whose sums shrink to its new
+    maximum."""
+    g, dim = run.acc.shape
+    tops, total, log_pi = run.top.ctypes.data, work.sum.ctypes.data, work.log_pi.ctypes.data
+    for i in range(g):
+        before = run.top[i]
+        soften(work.scores.ctypes.data + 4 * TILE * i, log_pi, m, tops + 4 * i, total)
+        if run.top[i] > before and run.total[i] > 0:
+            shrink = np.exp(before - run.top[i])
+            run.total[i] *= shrink
             for j in range(dim):
-                x = qi[j]
-                s0 += x * k0[j]
-                s1 += x * k1[j]
-                s2 += x * k2[j]
-                s3 += x * k3[j]
-            scores[i, t] = s0
-            scores[i, t + 1] = s1
-            scores[i, t + 2] = s2
-            scores[i, t + 3] = s3
+                run.acc[i, j] *= shrink
+        run.total[i] += work.sum[0]
 
 
 @jit
-def _fold(m: int, work: Any, run: Any) -> None:
-    """Fold the values ``rows[:m, d:]`` with ``scores`` (g, m) into the running softmax; scores are overwritten."""
+def _base(memory: Any) -> int:
+    """Address of element 0."""
+    return memory.halves.ctypes.data
+
+
+@jit
+def _score_tile(memory: Any, starts: Any, first: int, m: int, n: int, q: Any, work: Any) -> None:
+    """Scores of rows ``starts[first : first + m]``; rows up to ``n`` are fetched ahead."""
+    g, dim = q.shape
+    size = 4 if memory.dtype == FLOAT32 else 2
+    base, queries, scores = _base(memory), q.ctypes.data, work.scores.ctypes.data
+    for t in range(m):
+        if first + t + AHEAD < n:
+            fetch_row(memory, starts[first + t + AHEAD], 2 * dim)
+        dots(base + starts[first + t] * size, memory.dtype, queries, g, dim, scores + 4 * t, TILE)
+
+
+@jit
+def _add_tile(memory: Any, starts: Any, first: int, m: int, work: Any, run: Any) -> None:
+    """Add the values of rows ``starts[first : first + m]``, weighted by the scores raised."""
     g, dim = run.acc.shape
-    for i in range(g):
-        scores = work.scores[i]
-        best = run.top[i]
-        for t in range(m):
-            best = max(best, scores[t])
-        if best == -np.inf:
-            best = np.float32(0.0)  # keys of weight zero
-        elif best > run.top[i]:
-            if run.total[i] > 0:
-                shrink = np.exp(run.top[i] - best)
-                run.total[i] *= shrink
-                for j in range(dim):
-                    run.acc[i, j] *= shrink
-            run.top[i] = best
-        for t in range(m):
-            scores[t] -= best
-        exp_in_place(scores, m, work.exp_bits, work.exp_scale)
-        s = np.float32(0.0)
-        for t in range(m):
-            s += scores[t]
-        run.total[i] += s
-        for t in range(m, (m + 3) // 4 * 4):
-            scores[t] = 0.0
-    for t in range(m, (m + 3) // 4 * 4):
-        for j in range(dim):
-            work.rows[t, dim + j] = 0.0
-    for t in range(0, m, 4):
-        v0, v1, v2, v3 = work.rows[t, dim:], work.rows[t + 1, dim:], work.rows[t + 2, dim:], work.rows[t + 3, dim:]
-        for i in range(g):
-            scores = work.scores[i]
-            w0, w1, w2, w3 = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
-            out = run.acc[i]
-            for j in range(dim):
-                out[j] += w0 * v0[j] + w1 * v1[j] + w2 * v2[j] + w3 * v3[j]
+    at = starts.ctypes.data + 8 * first
+    add_values(_base(memory), memory.dtype, at, m, dim, work.scores.ctypes.data, TILE, g, run.acc.ctypes.data)
 
 
 @jit
@@ -217,16 +208,20 @@ def attend_run(memory: Any, start: int, n: int, q: Any, run: Any, work: Any) -> 
     """Fold ``n`` rows that lie one after the other, the first at element ``start``, into the running softmax.
 
     Args:
-        memory: a Memory. q: (g, d) float32 queries, multiplied by the softmax scale. run: a Running. work: a Scratch.
+        memory: a Memory. q: (g, d) float32 queries, multiplied by the softmax scale, contiguous. run: a Running.
+        work: a Scratch.
     """
     width = 2 * q.shape[1]
+    for t in range(min(n, TILE)):
+        work.log_pi[t] = 0.0
     done = 0
-    flat, flat_bits = work.rows.reshape(-1), work.bits.reshape(-1)
     while done < n:
         m = min(TILE, n - done)
-        load(memory, start + done * width, m * width, flat, flat_bits)
-        _score(m, q, work.rows, work.scores)
-        _fold(m, work, run)
+        for t in range(m):
+            work.starts[t] = start + (done + t) * width
+        _score_tile(memory, work.starts, 0, m, m, q, work)
+        _raise(m, work, run)
+        _add_tile(memory, work.starts, 0, m, work, run)
         done += m
 
 
@@ -234,28 +229,19 @@ def attend_run(memory: Any, start: int, n: int, q: Any, run: Any, work: Any) -> 
 def attend_picked(memory: Any, starts: Any, log_pi: Any, n: int, q: Any, run: Any, work: Any) -> None:
     """Fold ``n`` single rows, each weighted ``exp(-log_pi)``, into the running softmax.
 
-    ``starts[t]`` is the element where row t begins; the other arguments are those of :func:`attend_run`.
+    ``starts[t]`` is the element where row t begins, contiguous int64; the other arguments are those of
+    :func:`attend_run`.
     """
-    g, dim = q.shape
-    width = 2 * dim
-    per_line = 16 if memory.dtype == FLOAT32 else 32
+    for t in range(min(n, AHEAD)):
+        fetch_row(memory, starts[t], 2 * q.shape[1])
     done = 0
     while done < n:
         m = min(TILE, n - done)
+        _score_tile(memory, starts, done, m, n, q, work)
         for t in range(m):
-            ahead = done + t + AHEAD
-            if ahead < n:
-                for line in range(0, width, per_line):
-                    if memory.dtype == FLOAT32:
-                        _prefetch(memory.words, starts[ahead] + line)
-                    else:
-                        _prefetch(memory.halves, starts[ahead] + line)
-            load(memory, starts[done + t], width, work.rows[t], work.bits[t])
-        _score(m, q, work.rows, work.scores)
-        for i in range(g):
-            for t in range(m):
-                work.scores[i, t] -= log_pi[done + t]
-        _fold(m, work, run)
+            work.log_pi[t] = log_pi[done + t]
+        _raise(m, work, run)
+        _add_tile(memory, starts, done, m, work, run)
         done += m
 
 
@@ -286,6 +272,6 @@ def attend_exactly(rows: npt.NDArray[Any], queries: npt.NDArray[np.float32], sca
     if len(rows):
         code = FLOAT16 if rows.itemsize == 2 else FLOAT32
         scaled = np.ascontiguousarray(queries, np.float32) * np.float32(scale)
-        attend_run(memory_of(np.ascontiguousarray(rows), code), 0, len(rows), scaled, run, scratch(g, dim))
+        attend_run(memory_of(np.ascontiguousarray(rows), code), 0, len(rows), scaled, run, scratch(g))
     finish(run, out, lse)
     return out, lse

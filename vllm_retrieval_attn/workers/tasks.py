@@ -85,7 +85,7 @@ def lane_memory(layout: Layout, candidates: int) -> LaneMemory:
     keys = layout.table_pages * layout.page_tokens
     shape = (layout.group, layout.dim)
     return LaneMemory(
-        scratch(*shape),
+        scratch(shape[0]),
         choice_scratch(keys, -(-keys // SHARD_TOKENS), MOST, layout.most_chosen),
         running(*shape),
         np.zeros((layout.group, layout.dim + 1), np.float32),
