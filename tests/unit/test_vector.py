@@ -32,7 +32,7 @@ def _soften(scores, log_pi, count, top, total):
 
 @numba.njit
 def _widen(source, dtype, scale, out):
-    vector.widen(source, dtype, len(out), scale.ctypes.data, out.ctypes.data)
+    vector.widen(source, dtype, len(out), scale, out.ctypes.data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +55,7 @@ def test_scores_and_sums_are_those_of_numpy(dtype, group, dim):
     _add_values(rows.data_ptr(), code, chosen.astype(np.int64) * 2 * dim, weights, sums)
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
     wide = np.zeros(dim, np.float32)
-    _widen(rows.data_ptr(), code, np.array([0.5], np.float32), wide)
+    _widen(rows.data_ptr(), code, np.float32(0.5), wide)
     np.testing.assert_array_equal(wide, (keys[0] * 0.5).astype(np.float32))
 
 

@@ -265,7 +265,6 @@ def best_first(memory: Any, starts: Any, links: Any, entries: Any, query: Any, w
     open_scores, open_rows = np.empty(n, np.float32), np.empty(n, np.int64)  # negated: the best is on top
     pool_scores, pool_rows = np.empty(width + 1, np.float32), np.empty(width + 1, np.int64)
     key = np.empty(dim, np.float32)
-    key_bits = key.view(np.uint32)
     visited = waiting = pooled = read = 0
     first, last = 0, entries.shape[0]
     here = np.int64(-1)
@@ -275,7 +274,7 @@ def best_first(memory: Any, starts: Any, links: Any, entries: Any, query: Any, w
             if seen[row]:
                 continue
             seen[row] = True
-            load(memory, row * 2 * dim, dim, key, key_bits)
+            load(memory, row * 2 * dim, dim, key)
             score = np.float32(0.0)
             for j in range(dim):
                 score += query[j] * key[j]

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from vllm_retrieval_attn.index.vector import add_values, dots, soften
+from vllm_retrieval_attn.index.vector import add_values, dots, soften, widen
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """Codes for the element type of stored rows, as in index/vector.py."""
@@ -27,8 +27,6 @@ AHEAD = 16
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HI = np.float32(0.693359375)
 _LN2_LO = np.float32(-2.12194440e-4)
-_TWO_112 = np.float32(5.192296858534828e33)
-_BEYOND_HALF = np.float32(65536.0)
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 
@@ -112,28 +110,16 @@ def fetch_row(memory: Any, start: int, width: int) -> None:
 
 
 @jit
-def load(memory: Any, start: int, count: int, out: Any, bits: Any) -> None:
-    """Convert ``count`` elements from element ``start`` on into ``out`` (float32); ``bits`` is its uint32 view."""
-    # Slices first: an index whose sign the compiler does not know keeps the loops from vectorising.
-    if memory.dtype == FLOAT32:
-        words = memory.words[start : start + count]
-        for j in range(count):
-            out[j] = words[j]
-        return
-    halves = memory.halves[start : start + count]
-    if memory.dtype == BFLOAT16:  # the upper half of a float32
-        for j in range(count):
-            bits[j] = np.uint32(halves[j]) << np.uint32(16)
-        return
-    for j in range(count):  # float16: shift the fields into place, then correct the exponent bias
-        h = np.uint32(halves[j])
-        bits[j] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7FFF)) << np.uint32(13))
-    for j in range(count):
-        x = out[j] * _TWO_112
-        # The largest exponent stands for inf and NaN, which came out as 65536 and more.
-        out[j] = (
-            x if abs(x) < _BEYOND_HALF else (x * np.float32(np.inf) if abs(x) == _BEYOND_HALF else np.float32(np.nan))
-        )
+def _base(memory: Any) -> int:
+    """Address of element 0."""
+    return memory.halves.ctypes.data
+
+
+@jit
+def load(memory: Any, start: int, count: int, out: Any) -> None:
+    """Convert ``count`` elements, a multiple of 16, from element ``start`` on into ``out`` (float32, contiguous)."""
+    size = 4 if memory.dtype == FLOAT32 else 2
+    widen(_base(memory) + start * size, memory.dtype, count, np.float32(1), out.ctypes.data)
 
 
 @jit
@@ -175,12 +161,6 @@ def _raise(m: int, work: Any, run: Any) -> None:
             for j in range(dim):
                 run.acc[i, j] *= shrink
         run.total[i] += work.sum[0]
-
-
-@jit
-def _base(memory: Any) -> int:
-    """Address of element 0."""
-    return memory.halves.ctypes.data
 
 
 @jit

@@ -235,7 +235,7 @@ def _write_soften(builder: Any, scores: Any, log_pi: Any, count: Any, top: Any, 
 
 def _write_widen(dtype: int) -> Any:
     def write(builder: Any, source: Any, count: Any, scale: Any, out: Any) -> None:
-        factor = _broadcast(builder, _load(builder, scale, _F32, 4))
+        factor = _broadcast(builder, builder.bitcast(builder.trunc(scale, _I32), _F32))
 
         def step(first: Any, _: list[Any]) -> list[Any]:
             found = _elements(builder, builder.add(source, builder.mul(first, _number(_SIZES[dtype]))), dtype)
@@ -353,16 +353,17 @@ def soften(typingctx: Any, scores: Any, log_pi: Any, count: Any, top: Any, total
 
 @intrinsic
 def widen(typingctx: Any, source: Any, dtype: Any, count: Any, scale: Any, out: Any) -> Any:
-    """Stored elements, a multiple of 16, as float32 times the float32 at the address ``scale``."""
+    """Stored elements, a multiple of 16, as float32 times ``scale``, a float32. ``out``: address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, dtype, count, scale, out = args
 
         def emit(kind: int) -> None:
             function = _function(builder.module, f"retrieval_widen_{_NAMES[kind]}", 4, _write_widen(kind))
-            builder.call(function, [source, count, scale, out])
+            builder.call(function, [source, count, bits, out])
 
+        bits = builder.zext(builder.bitcast(scale, _I32), _I64)
         _by_dtype(builder, dtype, emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(types.int64, types.int64, types.int64, types.float32, types.int64), codegen

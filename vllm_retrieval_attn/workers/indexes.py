@@ -38,14 +38,12 @@ class _Entry:
 
 
 @jit
-def _load_keys(
-    memory: Any, table: Any, page_tokens: int, page_elements: int, base: int, first: int, out: Any, bits: Any
-) -> None:
+def _load_keys(memory: Any, table: Any, page_tokens: int, page_elements: int, base: int, first: int, out: Any) -> None:
     n, dim = out.shape
     for t in range(n):
         token = first + t
         start = table[token // page_tokens] * page_elements + base + token % page_tokens * 2 * dim
-        load(memory, start, dim, out[t], bits[t])
+        load(memory, start, dim, out[t])
 
 
 class Indexes:
@@ -102,9 +100,7 @@ class Indexes:
             if table.min() < 0 or table.max() >= lay.pages:
                 raise RequestGone
             base = self.row_base(layer, head)
-            _load_keys(
-                self.memory, table, lay.page_tokens, lay.page_elements, base, index.size, keys, keys.view(np.uint32)
-            )
+            _load_keys(self.memory, table, lay.page_tokens, lay.page_elements, base, index.size, keys)
             self._check(slot, entry.generation)
             index.append(keys)
 

@@ -94,7 +94,7 @@ def _turn(arrays: Any, t: int, i: int, geometry: Any, shared: Any, lane: Any) ->
     task, query = arrays.tasks[t], arrays.queries[t, i]
     g, d = geometry.group, geometry.dim
     start = ((task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g + i) * d
-    load(shared.queries, start, d, query, query.view(np.uint32))
+    load(shared.queries, start, d, query)
     if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
         shards = task[TASK_UNITS]
         turned = arrays.turned[t, i]
