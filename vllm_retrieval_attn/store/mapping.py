@@ -1,8 +1,8 @@
 """Mapping the shared file so that it may lie in huge pages, and having the system give its memory.
 
 Huge pages save most of the address translations that reading single rows from many gigabytes takes: 512 rows of 512
-bytes, anywhere within 4 GB, took one core of an AMD EPYC 37 us instead of 65 (`bench/rows.py`). Linux gives them to shared memory
-unasked only where an administrator says so; MADV_COLLAPSE (Linux 6.1, 2022) makes them of what is there.
+bytes, anywhere within 4 GB, took one core of an AMD EPYC 37 us instead of 65 (`bench/rows.py`). Linux gives them to
+shared memory unasked only where an administrator says so; MADV_COLLAPSE (Linux 6.1, 2022) makes them of what is there.
 """
 
 import ctypes
