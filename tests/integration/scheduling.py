@@ -16,8 +16,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_retrieval_attn.bench.models import smollm2
-from vllm_retrieval_attn.plugin.compat import resolved_config
 from vllm_retrieval_attn.plugin.messages import WorkerReport
+from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 
 SINK, WINDOW, BLOCK, PAGE, CHUNK = 16, 32, 16, 64, 48

@@ -72,7 +72,7 @@ def test_the_numba_twin_chooses_what_the_plain_rule_chooses(seed, sizes, group, 
     outside = normal(seed + 1, group)
     wanted = plain_weights(found, scores, 0.3, outside)
     n = sum(sizes)
-    work = choice_scratch(n, len(sizes), n, rows + n)
+    work = choice_scratch(n, len(sizes), rows + n)
     fast.weigh(found, len(sizes), np.float32(0.3), outside, work)
     weights = work.extra[:n].copy()
     for shard, (first, size) in enumerate(zip(found.firsts, found.sizes, strict=True)):

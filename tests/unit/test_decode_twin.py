@@ -1,5 +1,7 @@
 """The NumPy twin of the decode kernels against sketch/, and the descriptor."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -9,6 +11,7 @@ from vllm_retrieval_attn.device import decode_twin as twin
 from vllm_retrieval_attn.device.decode_step import (
     FIELDS,
     HEADER,
+    MOST_LAYERS,
     PAGE,
     RUN,
     Geometry,
@@ -140,6 +143,12 @@ def test_entries_suffice_however_pages_belong_to_rows(pages, rows):
         cuts = np.sort(random.choice(pages - 1, used - 1, replace=False)) + 1 if used > 1 else np.empty(0, int)
         sizes = np.diff(np.concatenate(([0], cuts, [pages])))
         assert sum(-(-int(size) // RUN) * RUN for size in sizes) <= most_entries(pages, rows)
+
+
+def test_shapes_that_no_kernel_is_written_for_are_refused():
+    for wrong in ({"dim": 72}, {"group": 13}, {"layers": MOST_LAYERS + 1}, {"dtype": "float32"}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            replace(geometry(), **wrong)
 
 
 def test_descriptor_refuses_what_does_not_fit():

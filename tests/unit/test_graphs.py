@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_retrieval_attn.plugin import compat, graphs, worker
+from vllm_retrieval_attn.plugin import graphs, worker
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def manager(monkeypatch):
     """Graphs for one, two and four rows, of both kinds once captured."""
     for name in ("_init_candidates", "capture", "dispatch"):
         monkeypatch.setattr(CudaGraphManager, name, getattr(CudaGraphManager, name))
-    monkeypatch.setattr(compat, "find_resolved_config", lambda config: config)
+    monkeypatch.setattr(graphs, "find_resolved_config", lambda config: config)
     graphs.install()
     made = object.__new__(CudaGraphManager)
     cache = SimpleNamespace(use_kda_recoverssm=False)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.bench.timeline import KERNELS
 from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
 from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, most_entries
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
@@ -23,8 +24,6 @@ from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.pinning import Pinner
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views, page_tensor
-
-_PARTS = ("write", "score", "weigh", "gather", "merge")
 
 
 class HostMemory:
@@ -165,7 +164,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The row of :func:`main`."""
     decode = Decode(args)
     decode.describe(args.tokens)
-    graphs = [decode.graph(parts) for parts in range(1, len(_PARTS) + 1)]
+    graphs = [decode.graph(parts) for parts in range(1, len(KERNELS) + 1)]
     base = decode.microseconds([decode.graph(0)])[0] if args.products else 0.0
     costs = [cost - base for cost in decode.microseconds(graphs)]
     whole = graphs[-1]
@@ -176,7 +175,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     decode.describe(0)
     idle = decode.microseconds([whole])[0] - base
     decode.host.close()
-    parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(_PARTS, [0.0, *costs], costs, strict=False)}
+    parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(KERNELS.values(), [0.0, *costs], costs, strict=False)}
     given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}
     return {
         **given, **parts, "layer_us": round(costs[-1], 2),

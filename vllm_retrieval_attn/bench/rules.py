@@ -13,7 +13,6 @@ from vllm_retrieval_attn.bench.capture_file import Head
 from vllm_retrieval_attn.core.ownership import INDEX_BLOCK, INDEX_LEAST
 from vllm_retrieval_attn.index.choosing import choice_scratch, choose
 from vllm_retrieval_attn.index.head import HeadIndex, found_for
-from vllm_retrieval_attn.index.search import MOST
 from vllm_retrieval_attn.sketch.codes import encode, score
 from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_of
 from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
@@ -94,7 +93,7 @@ class FaissRule(Rule):
             self._index.append(self.keys[: self._covered])
             shards = len(self._index.shards)
             self._found = found_for(shards, group)
-            self._work = choice_scratch(self._covered, shards, MOST, n)
+            self._work = choice_scratch(self._covered, shards, n)
 
     @property
     def index_bytes(self) -> int:

@@ -43,34 +43,31 @@ def mirror(
     targets: torch.Tensor,
     layer_address: int,
     head_elements: int,
+    only_compile: bool = False,
 ) -> None:
-    """Copy K and V of batch tokens from the paged cache to the arena, on the current stream. Grids and arguments are
-    those of :func:`warm_up`, too.
+    """Copy K and V of batch tokens from the paged cache to the arena, on the current stream.
 
     Args:
         cache: (blocks, kv_heads, block, 2 * d), any strides with a dense last axis.
         slots: (T,) int64 slot of each batch token. tokens: (M,) int64 batch tokens to copy.
         targets: (M,) int64 element of each token's row (K, then V) in head 0 of the layer.
         layer_address: host address of the layer's first page, pinned.
-        head_elements: elements of one head in one page.
+        head_elements: elements of one head in one page. only_compile: launch nothing.
     """
-    arguments, constants = _mirror_arguments(cache, slots, tokens, targets, layer_address, head_elements)
-    _mirror_kernel[(len(tokens), cache.shape[1])](*arguments, **constants)
-
-
-def _mirror_arguments(
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    tokens: torch.Tensor,
-    targets: torch.Tensor,
-    layer_address: int,
-    head_elements: int,
-) -> tuple[list[Any], dict[str, Any]]:
-    _, _, block, width = cache.shape
+    _, kv_heads, block, width = cache.shape
     strides = (cache.stride(axis) for axis in range(3))
-    dim = width // 2
-    constants = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "num_warps": 1}
-    return [cache, slots, tokens, targets, layer_address, block, *strides, head_elements], constants
+    arguments = (cache, slots, tokens, targets, layer_address, block, *strides, head_elements)
+    _start(_mirror_kernel, (len(tokens), kv_heads), arguments, only_compile, DIM=width // 2)
+
+
+def _start(
+    kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], only_compile: bool, **constants: Any
+) -> None:
+    constants |= {"PADDED": triton.next_power_of_2(constants["DIM"]), "num_warps": 1}
+    if only_compile:
+        kernel.warmup(*arguments, grid=grid, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
 
 
 @triton.jit
@@ -125,32 +122,21 @@ def merge_in_place(
     more: torch.Tensor,
     more_lse: torch.Tensor,
     rows: torch.Tensor | None = None,
+    only_compile: bool = False,
 ) -> None:
     """Merge ``more`` into ``out`` by log-sum-exp (device/merge.py is the reference).
 
     Args:
         out: (R, heads, d), updated. lse: (heads, R) float32, updated.
         more: (M, heads, d). more_lse: (heads, M) float32.
-        rows: (M,) int64 rows of ``out`` that ``more`` belongs to; None: M == R, in order.
+        rows: (M,) int64 rows of ``out`` that ``more`` belongs to; None: M == R, in order. only_compile: launch nothing.
     """
-    arguments, constants = _merge_arguments(out, lse, more, more_lse, rows)
-    _merge_kernel[(more.shape[0], out.shape[1])](*arguments, **constants)
-
-
-def _merge_arguments(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    more: torch.Tensor,
-    more_lse: torch.Tensor,
-    rows: torch.Tensor | None,
-) -> tuple[list[Any], dict[str, Any]]:
-    dim = out.shape[-1]
-    arguments: list[Any] = [
+    arguments = (
         out, lse, more, more_lse, rows if rows is not None else lse, out.stride(0), out.stride(1), lse.stride(1),
         lse.stride(0), more.stride(0), more.stride(1), more_lse.stride(1), more_lse.stride(0),
-    ]  # fmt: skip
-    constants = {"HAS_ROWS": rows is not None, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "num_warps": 1}
-    return arguments, constants
+    )  # fmt: skip
+    grid = (more.shape[0], out.shape[1])
+    _start(_merge_kernel, grid, arguments, only_compile, DIM=out.shape[-1], HAS_ROWS=rows is not None)
 
 
 def warm_up(cache: torch.Tensor, heads: int, layer_address: int, head_elements: int) -> None:
@@ -161,12 +147,9 @@ def warm_up(cache: torch.Tensor, heads: int, layer_address: int, head_elements: 
     """
     device, dtype, dim = cache.device, cache.dtype, cache.shape[-1] // 2
     tokens = torch.zeros(16, dtype=torch.int64, device=device)
-    arguments, constants = _mirror_arguments(cache, tokens, tokens, tokens, layer_address, head_elements)
-    _mirror_kernel.warmup(*arguments, **constants, grid=(1, 1))
+    mirror(cache, tokens, tokens, tokens, layer_address, head_elements, only_compile=True)
     for rows in (16, 17):  # Triton tells strides that 16 divides from others
         out, lse = torch.empty(rows, heads, dim, device=device), torch.empty(heads, rows, device=device)
         of_pages = out.to(dtype)
-        cases = [(out, lse, of_pages, lse, None), (of_pages, lse, out, lse.T.contiguous().T, tokens)]
-        for case in cases:
-            arguments, constants = _merge_arguments(*case)
-            _merge_kernel.warmup(*arguments, **constants, grid=(1, 1))
+        merge_in_place(out, lse, of_pages, lse, only_compile=True)
+        merge_in_place(of_pages, lse, out, lse.T.contiguous().T, tokens, only_compile=True)

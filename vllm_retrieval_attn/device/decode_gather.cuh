@@ -3,7 +3,7 @@
 //
 // Blocks take the runs in order, each the next one when it is done: what is read at a time then spans little of the
 // host's memory, without which PCIe loses its speed (store/layout.py). All rows of a run, up to BATCH, are on their way
-// at once, since 48 GB/s take some 200 KB under way; choosing is hidden behind what other blocks fetch.
+// at once; choosing is hidden behind what other blocks fetch.
 #pragma once
 #include "decode_weigh.cuh"
 
@@ -180,16 +180,14 @@ __device__ __forceinline__ float dot(const u16* a, const u16* b) {  // of 8 elem
 }
 
 // Scores less log pi of `count` rows and all query heads, PARTS threads each.
-__device__ __forceinline__ void score_rows(
-    Attention& a, const u16 (*queries)[DIM + 8], const float* log_pi, int count, float scale
-) {
+__device__ __forceinline__ void score_rows(Attention& a, const float* log_pi, int count, float scale) {
     const int part = threadIdx.x % PARTS;
     for (int base = 0; base < count * GROUP; base += GATHER_THREADS / PARTS) {
         const int pair = base + threadIdx.x / PARTS, row = pair / GROUP, g = pair % GROUP;
         float sum = 0;
         if (row < count)
 #pragma unroll
-            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(queries[g] + c, a.rows[row] + c);
+            for (int c = 8 * part; c < DIM; c += 8 * PARTS) sum += dot(a.queries[g] + c, a.rows[row] + c);
         for (int o = 1; o < PARTS; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
         if (part == 0 && row < count) a.raised[g][row] = sum * scale - log_pi[row];
     }
@@ -247,7 +245,7 @@ __device__ __forceinline__ void attend(
         land(flight, count, a.rows);
         if (left > 0) take_off(chosen, done + BATCH, min(left, BATCH), flight);
         __syncthreads();
-        score_rows(a, a.queries, chosen.log_pi + done, count, scale);
+        score_rows(a, chosen.log_pi + done, count, scale);
         __syncthreads();
         raise_rows(a, count);
         __syncthreads();

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.device.decode_step import PAGE, TILES, Geometry
+from vllm_retrieval_attn.device.decode_step import MOST_LAYERS, PAGE, TILES, Geometry
 from vllm_retrieval_attn.sketch.sampling import TILE
 
 _FOLDER = Path(__file__).parent
@@ -21,12 +21,10 @@ _THREADS = {
     "merge_parts": 512, "list_rows": 256, "write_layers": 512,
 }  # fmt: skip
 _CHAINED = ("score_keys",)
-"""Kernels that may begin before the one ahead of them ends (decode_common.cuh). Measured on an H100 at 131,072 tokens:
-a layer took 110 us with this one, 115 with none, and 125 to 145 with ``gather_rows`` or ``merge_parts``, whose early
-blocks are in the way of those that fetch."""
+"""Kernels that may begin before the one ahead of them ends (decode_common.cuh). With all of them a layer took 20 us
+more (docs/benchmarks.md, 2026-11-25): early blocks of ``gather_rows`` and ``merge_parts`` are in the way of those
+that fetch."""
 _BIN_WORDS = 257
-MOST_LAYERS = 192
-"""Of a model: their paged caches are named in the parameters of one launch."""
 
 
 class Buffers(NamedTuple):

@@ -21,6 +21,8 @@ HEADER, FIELDS = 2, 8
 """int64 numbers at the descriptor's start (rows, entries), and of each row after it."""
 DIMS = (64, 80, 96, 128, 256)
 MOST_GROUP = 12
+MOST_LAYERS = 192
+"""Their paged caches are named in the parameters of one launch (decode_write.cuh)."""
 MOST_TOKENS = 1 << 21
 """Host tokens of a row stay below this: histogram counts have 21 bits (decode_common.cuh)."""
 Numbers = npt.NDArray[np.int64]
@@ -65,6 +67,8 @@ class Geometry:
             raise ValueError(f"head size {self.dim} is none of {DIMS}")
         if not 1 <= self.group <= MOST_GROUP:
             raise ValueError(f"{self.group} query heads a KV head are not within 1 and {MOST_GROUP}")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"{self.layers} layers are more than {MOST_LAYERS}")
         if self.dtype not in ("bfloat16", "float16"):
             raise ValueError(f"{self.dtype} is neither bfloat16 nor float16")
 

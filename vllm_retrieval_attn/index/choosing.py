@@ -50,27 +50,24 @@ class ChoiceScratch(NamedTuple):
     Attributes:
         extra: (keys,) float32, what a candidate weighs beyond the keys that are none; zeros between uses.
         marks: (keys / 64,) uint64, a bit for each candidate; zeros between uses.
-        counts, sums: (BINS,) int64 and float64. exp_bits, exp_scale: (k,) int32 and its float32 view.
-        rest: (shards,) float32. ids, log_pi: (chosen,) int64 and float32, the result.
+        counts, sums: (BINS,) int64 and float64. rest: (shards,) float32.
+        ids, log_pi: (chosen,) int64 and float32, the result.
     """
 
     extra: npt.NDArray[np.float32]
     marks: npt.NDArray[np.uint64]
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
-    exp_bits: npt.NDArray[np.int32]
-    exp_scale: npt.NDArray[np.float32]
     rest: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int64]
     log_pi: npt.NDArray[np.float32]
 
 
-def choice_scratch(keys: int, shards: int, k: int, most: int) -> ChoiceScratch:
-    """Memory for ``keys`` keys in ``shards`` shards, ``k`` candidates a head and shard, ``most`` rows chosen."""
-    exp_bits = np.zeros(k, np.int32)
+def choice_scratch(keys: int, shards: int, most: int) -> ChoiceScratch:
+    """Memory for ``keys`` keys in ``shards`` shards, ``most`` rows chosen."""
     return ChoiceScratch(
         np.zeros(keys, np.float32), np.zeros(-(-keys // WORD) + 1, np.uint64), np.zeros(BINS, np.int64), np.zeros(BINS),
-        exp_bits, exp_bits.view(np.float32), np.zeros(shards, np.float32), np.zeros(most, np.int64),
+        np.zeros(shards, np.float32), np.zeros(most, np.int64),
         np.zeros(most, np.float32),
     )  # fmt: skip
 
@@ -124,7 +121,7 @@ def weigh(found: Any, shards: int, scale: float, outside: Any, work: Any) -> Non
             scores = found.scores[s, first:last]
             for c in range(last - first):
                 scores[c] = (scores[c] + shift) * scale - top
-            exp_in_place(scores, last - first, work.exp_bits, work.exp_scale)
+            exp_in_place(scores, last - first)
             part = np.float32(0.0)
             for c in range(last - first):
                 part += scores[c]

@@ -14,19 +14,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from vllm_retrieval_attn.index.vector import add_values, dots, soften, widen
+from vllm_retrieval_attn.index.vector import add_values, dots, exponentials, soften, widen
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """Codes for the element type of stored rows, as in index/vector.py."""
 DTYPE_CODES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 TILE = 32
-"""Rows scored at a time: they are still in L2 when their values are added up."""
+"""Rows scored at a time: they are still in L1 when their values are added up."""
 AHEAD = 16
 """Rows fetched ahead of the one scored: single rows lie anywhere in memory."""
 
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HI = np.float32(0.693359375)
-_LN2_LO = np.float32(-2.12194440e-4)
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 
@@ -123,27 +120,9 @@ def load(memory: Any, start: int, count: int, out: Any) -> None:
 
 
 @jit
-def exp_in_place(x: Any, n: int, bits: Any, scale: Any) -> None:
-    """``x[:n] = exp(x[:n])`` for x <= 0, without a libm call so that it vectorises.
-
-    ``bits``/``scale`` are an int32 scratch row and its float32 view. Relative error below 3e-7; below exp(-87) it stays
-    there.
-    """
-    for t in range(n):
-        v = max(x[t], np.float32(-87.0))
-        k = np.floor(v * _LOG2E + np.float32(0.5))
-        r = v - k * _LN2_HI - k * _LN2_LO
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        p = p * r * r + r + np.float32(1.0)
-        bits[t] = (np.int32(k) + np.int32(127)) << np.int32(23)
-        x[t] = p
-    for t in range(n):
-        x[t] *= scale[t]
+def exp_in_place(x: Any, n: int) -> None:
+    """``x[:n] = exp(x[:n])`` for float32 x <= 0, contiguous; see index/vector.py, ``exponentials``."""
+    exponentials(x.ctypes.data, n)
 
 
 @jit

@@ -13,8 +13,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_retrieval_attn.plugin.compat import resolved_config
 from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata, RetrievalMetadataBuilder
+from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.plugin.worker import current_worker
 

@@ -12,16 +12,12 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_retrieval_attn.core.config import ResolvedConfig
+from vllm_retrieval_attn.plugin.resolved import CONNECTOR, find_resolved_config
 
 NAME = "RETRIEVAL"
 BACKEND_PATH = "vllm_retrieval_attn.plugin.backend.RetrievalBackend"
-CONNECTOR = "RetrievalConnector"
 CONNECTOR_MODULE = "vllm_retrieval_attn.plugin.connector"
 
 GRAPHS_KEY = "retrieval_graphs"
@@ -384,26 +380,3 @@ def install() -> None:
     _patch_waiting()
     _patch_output_processor()
     _patch_engine_manager()
-
-
-def find_resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig | None":
-    """Our resolved knobs, or None where another backend serves."""
-    transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
-        return None
-    from vllm_retrieval_attn.core.config import KEY, ResolvedConfig
-
-    knobs = transfer.kv_connector_extra_config.get(KEY)
-    return None if knobs is None else ResolvedConfig.model_validate(knobs)
-
-
-def resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig":
-    """Our resolved knobs.
-
-    Raises:
-        ValueError: the engine was not configured through ``--attention-backend retrieval``.
-    """
-    config = find_resolved_config(vllm_config)
-    if config is None:
-        raise ValueError("retrieval: select the backend with --attention-backend retrieval, not through other options")
-    return config

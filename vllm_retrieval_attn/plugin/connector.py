@@ -16,10 +16,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from vllm_retrieval_attn.core.ledger import HostLedger
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
-from vllm_retrieval_attn.plugin.compat import GRAPHS_KEY, resolved_config
+from vllm_retrieval_attn.plugin.compat import GRAPHS_KEY
 from vllm_retrieval_attn.plugin.line import WaitingLine
 from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalCo
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.device.decode_step import PAGE
 from vllm_retrieval_attn.index.packing import bytes_per_key
-from vllm_retrieval_attn.plugin.compat import CONNECTOR, CONNECTOR_MODULE, GRAPHS_KEY, NAME
+from vllm_retrieval_attn.plugin.compat import CONNECTOR_MODULE, GRAPHS_KEY, NAME
+from vllm_retrieval_attn.plugin.resolved import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig

@@ -1,8 +1,8 @@
 """Patches of vLLM's graph manager (model runner V2): which steps are one graph, and which of two graphs they replay.
 
 vLLM decides by shapes alone. A step that has work for the CPU workers may be no graph. One of which no row attends to
-the host replays a graph without the kernels for that: on an H100 they take 12 us a layer even where they find nothing
-to do (docs/benchmarks.md, 2026-11-25). Remove when a connector or a backend can ask for a step's kind of graph.
+the host replays a graph without the kernels for that: on an H100 they took 0.37 ms of a step even where they found
+nothing to do (docs/benchmarks.md, 2026-11-25). Remove when a connector or a backend can ask for a step's kind of graph.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
 from vllm_retrieval_attn.plugin import compat
+from vllm_retrieval_attn.plugin.resolved import find_resolved_config
 
 _capturing_paged = False
 
@@ -37,7 +38,7 @@ def _with_twins(original: Any) -> Any:
         from vllm.config import CUDAGraphMode
 
         original(self)
-        config = compat.find_resolved_config(self.vllm_config)
+        config = find_resolved_config(self.vllm_config)
         descs = self._capture_descs.get(CUDAGraphMode.FULL)
         if config is not None and config.sketches and descs:
             self._capture_descs[CUDAGraphMode.FULL] = [x for desc in descs for x in (desc, paged_twin(desc))]

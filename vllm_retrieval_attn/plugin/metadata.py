@@ -10,8 +10,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, Att
 from vllm_retrieval_attn.core import ownership
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.plugin import graphs, row_ids
-from vllm_retrieval_attn.plugin.compat import resolved_config
 from vllm_retrieval_attn.plugin.decode_schedule import decode_schedule
+from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_retrieval_attn.plugin.compat import resolved_config
+from vllm_retrieval_attn.plugin.resolved import resolved_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

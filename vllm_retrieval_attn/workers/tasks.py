@@ -86,7 +86,7 @@ def lane_memory(layout: Layout, candidates: int) -> LaneMemory:
     shape = (layout.group, layout.dim)
     return LaneMemory(
         scratch(shape[0]),
-        choice_scratch(keys, -(-keys // SHARD_TOKENS), MOST, layout.most_chosen),
+        choice_scratch(keys, -(-keys // SHARD_TOKENS), layout.most_chosen),
         running(*shape),
         np.zeros((layout.group, layout.dim + 1), np.float32),
         np.zeros(candidates // 64 + 2, np.float32),
