@@ -1,6 +1,5 @@
 """The NumPy twin of the decode kernels against sketch/, and the descriptor."""
 
-
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
