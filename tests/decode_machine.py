@@ -12,6 +12,7 @@ from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
 from vllm_retrieval_attn.sketch.space import Space, balanced_for, rotation
+from vllm_retrieval_attn.store.managed import ManagedMemory
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYER = 1
@@ -33,11 +34,13 @@ class Machine:
         g = self.geometry
         torch.manual_seed(seed)
         self.random = np.random.default_rng(seed)
-        arena = torch.randn(g.layers, g.host_pages, g.kv_heads, PAGE, 2, dim)
-        self.arena = arena.to(_DTYPES[dtype]).transpose(0, 1)  # as pages lie, layer by layer
+        arena = torch.randn(g.layers, g.host_pages, g.kv_heads, PAGE, 2, dim).to(_DTYPES[dtype])
+        self.memory = None
         if device == "cuda":
-            size = self.arena.numel() * self.arena.element_size()
-            assert int(torch.cuda.cudart().cudaHostRegister(self.arena.data_ptr(), size, 3)) == 0
+            torch.zeros(1, device=device)  # makes the context that the memory belongs to
+            self.memory = ManagedMemory(arena.nbytes, torch.cuda.current_device())
+            arena = torch.from_numpy(self.memory.array).view(arena.dtype).view(arena.shape).copy_(arena)
+        self.arena = arena.transpose(0, 1)  # as pages lie, layer by layer
         blocks = (g.sketch_pages, g.layers, g.kv_heads, g.block_bytes)
         self.sketch = torch.zeros(blocks, dtype=torch.uint8, device=device)
         self.spaces = [self._space(which) for which in (0, 1)]
@@ -62,8 +65,8 @@ class Machine:
 
     def close(self):
         self.wait()
-        if self.device == "cuda":
-            torch.cuda.cudart().cudaHostUnregister(self.arena.data_ptr())
+        if self.memory is not None:
+            self.memory.close()
 
     def wait(self):
         if self.device == "cuda":
@@ -350,3 +353,16 @@ def check_host_part(machine):
             out, lse = sampling.attend(keys, values, asked, g.scale, read, of)
             np.testing.assert_allclose(found.out[mine], out, atol=2e-3, rtol=2e-3)
             np.testing.assert_allclose(found.lse[mine], lse, atol=2e-3)
+
+
+def check_fetched(machine):
+    """Pages of a layer, copied to the device; one that does not exist comes as zeros."""
+    g = machine.geometry
+    pages = [3, 0, g.host_pages, 7, -1]
+    out = torch.full((len(pages), g.kv_heads, PAGE, 2, g.dim), 9.0, dtype=machine.arena.dtype, device=machine.device)
+    machine.kernels.fetch(LAYER, *machine.to(torch.tensor(pages)), out)
+    machine.wait()
+    for number, page in enumerate(pages):
+        there = 0 <= page < g.host_pages
+        wanted = machine.arena[page, LAYER] if there else torch.zeros_like(machine.arena[0, LAYER])
+        assert torch.equal(out[number].cpu(), wanted)

@@ -14,7 +14,7 @@ from vllm_retrieval_attn.device import decode_kernels
 from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
 
 AVAILABLE = shutil.which("g++") is not None
-_PARTS = ("common", "write", "score", "weigh", "gather", "merge")
+_PARTS = ("common", "write", "score", "weigh", "gather", "merge", "fetch")
 _SIGNATURES = {
     "write_tokens": "*(NewTokens*)a[1]",
     "write_layers": "*(Slots*)a[1]",
@@ -24,6 +24,7 @@ _SIGNATURES = {
     "gather_rows": "*(Queries*)a[1]",
     "merge_parts": "*(Paged*)a[1], *(Merged*)a[2]",
     "list_rows": "*(Lists*)a[1]",
+    "fetch_pages": "*(Fetched*)a[1]",
 }
 _PTX = (
     (r'asm\("cvt\.f32\.f16.*?\);', "y = ptx_of_half(x);"),

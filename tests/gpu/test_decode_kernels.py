@@ -1,5 +1,8 @@
 """The kernels of a decode step on a GPU, against their NumPy twin."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +14,7 @@ from tests.decode_machine import (
     Machine,
     batch,
     check_codes,
+    check_fetched,
     check_layer,
     check_layers_written,
     check_long_row,
@@ -51,6 +55,35 @@ def test_codes_of_many_tokens_are_those_of_the_twin():
 def test_layers_written_together_are_those_written_alone():
     with machine_of(128, 4) as machine:
         check_layers_written(machine)
+
+
+def test_pages_are_fetched():
+    with machine_of(128, 4) as machine:
+        check_fetched(machine)
+
+
+def test_managed_memory_is_seen_by_other_processes_and_stays_on_the_host():
+    with machine_of(64, 1) as machine:
+        script = """
+import sys
+import numpy as np
+from vllm_retrieval_attn.index.elsewhere import check_readable, read_bytes, source_of
+source = source_of(np.zeros(0, np.uint8), 1, int(sys.argv[1]), int(sys.argv[2]))
+check_readable(source)
+out = np.zeros(1000, np.uint8)
+read_bytes(source, 12345, out)
+sys.stdout.buffer.write(out.tobytes())
+"""
+        before = torch.cuda.mem_get_info()[0]
+        pages = torch.arange(machine.geometry.host_pages, device="cuda")
+        out = torch.empty(len(pages), 2, 1024, 2, 64, dtype=torch.bfloat16, device="cuda")
+        for layer in range(2):
+            machine.kernels.fetch(layer, pages, out)
+        torch.cuda.synchronize()
+        arguments = [sys.executable, "-c", script, str(os.getpid()), str(machine.memory.address)]
+        read = subprocess.run(arguments, capture_output=True, check=True, timeout=300)
+        assert read.stdout == machine.memory.array[2 * 12345 :][:1000].tobytes()
+        assert before - torch.cuda.mem_get_info()[0] < machine.memory.array.nbytes
 
 
 def test_pages_that_do_not_exist_are_skipped():

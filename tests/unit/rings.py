@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -38,12 +38,25 @@ CANDIDATES = 256
 
 
 class Ring:
-    """A shared file, its client, and lanes on demand. What no message may read is NaN."""
+    """A shared file, its client, and lanes on demand. What no message may read is NaN.
 
-    def __init__(self, layout: Layout, dtype: str = "float32", scale: float = 0.25, spin_ns: int = 50_000) -> None:
+    ``elsewhere``: pages lie outside of the file, in what the lanes take for another process.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: str = "float32",
+        scale: float = 0.25,
+        spin_ns: int = 50_000,
+        elsewhere: bool = False,
+    ) -> None:
+        own = np.zeros(layout.all_pages_bytes, np.uint8) if elsewhere else None
+        layout = replace(layout, pages_at=own.ctypes.data) if own is not None else layout
         self.layout, self.scale, self.spin_ns = layout, scale, spin_ns
         self.file = SharedFile.create(layout.file_bytes, rank=90)
-        self.views = Views(layout, self.file.map)
+        self.views = Views(layout, self.file.map, own)
+        self.lane_views = Views(layout, self.file.map)
         self.views.words[WORD_CLIENT_PID] = os.getpid()
         self.views.pages[:] = 0xFF
         lay = layout
@@ -58,7 +71,8 @@ class Ring:
         self.lanes: list[Lane] = []
 
     def _desk(self, actor: int) -> Desk:
-        return Desk(self.layout, self.views, Indexes(self.layout, self.views, actor), self.scale, CANDIDATES)
+        indexes = Indexes(self.layout, self.lane_views, actor)
+        return Desk(self.layout, self.lane_views, indexes, self.scale, CANDIDATES)
 
     def _revive(self, since: float) -> float:
         self.revived += 1
@@ -67,7 +81,7 @@ class Ring:
         return since
 
     def start(self, actor: int, thread: int) -> Lane:
-        lane = Lane(self.layout, self.views, self.desks[actor], actor, thread, self.spin_ns)
+        lane = Lane(self.layout, self.lane_views, self.desks[actor], actor, thread, self.spin_ns)
         lane.start()
         assert lane.ready.wait(300)
         self.lanes.append(lane)
@@ -96,7 +110,7 @@ class Ring:
 
     def close(self) -> None:
         self.stop_lanes()
-        self.client._views = self.views = self.pages = self.queries = self.desks = None
+        self.client._views = self.views = self.lane_views = self.pages = self.queries = self.desks = None
         self.file.close()
 
     def fill(

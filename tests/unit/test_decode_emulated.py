@@ -5,6 +5,7 @@ import pytest
 from tests.decode_machine import (
     Machine,
     check_codes,
+    check_fetched,
     check_host_part,
     check_layer,
     check_layers_written,
@@ -50,3 +51,7 @@ def test_pages_that_do_not_exist_are_skipped():
 
 def test_a_row_read_back_is_attention_to_what_it_read():
     check_host_part(machine_of(80, 3))
+
+
+def test_pages_are_fetched():
+    check_fetched(machine_of(80, 3))

@@ -15,6 +15,7 @@ from vllm_retrieval_attn.device.sketch_plan import SketchPlan
 from vllm_retrieval_attn.device.sketch_probe import HostPart
 from vllm_retrieval_attn.store.layout import ROW_INDEXED, ROW_LIMIT, ROW_TABLE
 from vllm_retrieval_attn.store.requests import RequestStore
+from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.prober import Prober
 
 LAYERS, TOKENS, INDEXED = 2, 3000, 2816
@@ -23,17 +24,20 @@ LAYERS, TOKENS, INDEXED = 2, 3000, 2816
 class Probed:
     """A ring with one indexed row, the same in both layers, and its probers."""
 
-    def __init__(self, actors=1, rows=300, indexed=INDEXED):
+    def __init__(self, actors=1, rows=300, indexed=INDEXED, elsewhere=False):
         shape = make_layout(
             "bfloat16", kv_heads=2, group=2, dim=64, actors=actors, page_tokens=256, table_pages=12, max_rows=2,
             layers=LAYERS, indexed=True,
         )  # fmt: skip
-        self.ring = ring = Ring(shape, "bfloat16")
+        self.ring = ring = Ring(shape, "bfloat16", elsewhere=elsewhere)
         self.message, self.stored = ring.fill(0, [TOKENS], 11, [indexed], rows)
         ring.pages[:, 1] = ring.pages[:, 0]
         ring.start_all()
         self.sampler = DecodeSampler(shape, ring.views, 1.0)
-        self.probers = [Prober(shape, ring.views, actor, ring.scale) for actor in range(actors)]
+        views = ring.lane_views
+        self.probers = [
+            Prober(ring.layout, views, Indexes(ring.layout, views, actor), actor, ring.scale) for actor in range(actors)
+        ]
         torch.manual_seed(1)
         self.paged, self.paged_lse = torch.randn(1, 4, 64), torch.randn(1, 4) + 5
 
@@ -64,7 +68,7 @@ class Probed:
             prober.stop()
         self.sampler._views = None
         for prober in self.probers:
-            prober._views = prober._pages = None
+            prober._views = prober._indexes = None
         self.ring.close()
 
 
@@ -81,9 +85,9 @@ def probed():
         one.close()
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-def test_figures_are_those_of_the_rows_read(probed, actors):
-    one = probed(actors=actors)
+@pytest.mark.parametrize(("actors", "elsewhere"), [(1, False), (2, False), (1, True)])
+def test_figures_are_those_of_the_rows_read(probed, actors, elsewhere):
+    one = probed(actors=actors, elsewhere=elsewhere)
     assert one.step() == 0
     figures = one.compared()
     assert list(figures) == ["layers 0-0", "layers 1-1"]

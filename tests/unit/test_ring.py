@@ -46,14 +46,14 @@ def cases(draw):
     longest = layout.page_tokens * layout.table_pages
     counts = st.one_of(st.integers(0, min(3, longest)), st.integers(1, longest))
     messages = st.lists(st.lists(counts, max_size=layout.max_rows), min_size=1, max_size=4)
-    return dtype, layout, draw(messages), draw(st.integers(0, 2**31))
+    return dtype, layout, draw(messages), draw(st.integers(0, 2**31)), draw(st.booleans())
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_answers_equal_brute_force_attention(case):
-    dtype, layout, messages, seed = case
-    ring = Ring(layout, dtype)
+    dtype, layout, messages, seed, elsewhere = case
+    ring = Ring(layout, dtype, elsewhere=elsewhere)
     try:
         ring.start_all()
         for number, tokens in enumerate(messages):
@@ -92,8 +92,9 @@ def test_a_restarted_lane_answers_what_its_dead_predecessor_did_not(rings):
     ring.check(0, [5], 3)
 
 
-def test_a_killed_process_is_replaced_by_one_that_answers(rings):
-    ring = rings(make_layout(actors=2, kv_heads=2))
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_killed_process_is_replaced_by_one_that_answers(rings, elsewhere):
+    ring = rings(make_layout(actors=2, kv_heads=2), elsewhere=elsewhere)
     ring.start(0, LEADER)
     ring.start(0, 0)
     children = []
@@ -194,12 +195,12 @@ LONG = {"dim": 64, "page_tokens": 256, "table_pages": 40, "max_rows": 3, "indexe
 def answers():
     """One message with an indexed, an exact and another indexed row, answered by rings of several shapes."""
     found = {}
-    for actors, threads in [(1, 1), (1, 3), (2, 2)]:
+    for actors, threads, *elsewhere in [(1, 1), (1, 3), (2, 2), (1, 2, "elsewhere")]:
         layout = make_layout("bfloat16", kv_heads=2, group=3, actors=actors, threads=threads, **LONG)
-        ring = Ring(replace(layout, most_limit=4000), "bfloat16")
+        ring = Ring(replace(layout, most_limit=4000), "bfloat16", elsewhere=bool(elsewhere))
         ring.start_all()
         message, stored = ring.fill(1, [9000, 50, 2000], 5, [8960, 0, 1024])
-        found[actors, threads] = ring.ask(1, message)
+        found[actors, threads, *elsewhere] = ring.ask(1, message)
         if (actors, threads) == (1, 3):
             found["again"] = ring.ask(1, message)
             ring.restart()
@@ -212,7 +213,7 @@ def answers():
     return found
 
 
-@pytest.mark.parametrize("other", [(1, 1), (2, 2), "again", "restarted"])
+@pytest.mark.parametrize("other", [(1, 1), (2, 2), (1, 2, "elsewhere"), "again", "restarted"])
 def test_what_is_read_depends_on_no_thread_process_or_clock(answers, other):
     for one, two in zip(answers[1, 3], answers[other], strict=True):
         assert torch.equal(one, two)

@@ -15,43 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.bench.host_memory import MEMORIES, HostMemory
 from vllm_retrieval_attn.bench.timeline import KERNELS
 from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
 from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, most_entries
-from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.sketch.space import rotation
-from vllm_retrieval_attn.store.layout import Layout
-from vllm_retrieval_attn.store.pinning import Pinner
-from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views, page_tensor
-
-
-class HostMemory:
-    """Pages of all layers, made, touched and pinned as a server makes its arena.
-
-    Attributes:
-        pages: (pages, layers, kv_heads, PAGE, 2, d), not contiguous (store/layout.py). address: of the first one.
-    """
-
-    def __init__(self, geometry: Geometry) -> None:
-        g = geometry
-        layout = Layout(
-            layers=g.layers, heads=g.kv_heads * g.group, kv_heads=g.kv_heads, dim=g.dim, itemsize=2,
-            dtype_code=DTYPE_CODES[g.dtype], page_tokens=PAGE, pages=g.host_pages, max_rows=g.rows,
-            table_pages=g.host_pages, actors=1, threads=1,
-        )  # fmt: skip
-        self._file = SharedFile.create(layout.file_bytes, rank=0)
-        views = Views(layout, self._file.map)
-        self.pages = page_tensor(layout, views, getattr(torch, g.dtype))
-        self.address = int(views.pages.ctypes.data)
-        self._pinner = Pinner(self.address - layout.pages_offset, layout)
-
-    def close(self) -> None:
-        """Give it back."""
-        torch.cuda.synchronize()
-        self._pinner.close()
-        del self.pages
-        self._file.close()
 
 
 class Decode:
@@ -75,7 +43,7 @@ class Decode:
         )  # fmt: skip
         g, dtype = self.geometry, getattr(torch, args.dtype)
         torch.manual_seed(0)
-        self.host = HostMemory(g)
+        self.host = HostMemory(g, args.memory)
         sketch = torch.zeros(all_pages * g.sketch_page_bytes, dtype=torch.uint8, device="cuda")
         turn = torch.from_numpy(rotation(g.dim).astype(np.float32)).cuda()
         turns = turn.expand(2, g.layers, g.kv_heads, g.dim, g.dim).contiguous()
@@ -199,6 +167,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=32, help="layers of the graph")
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
     parser.add_argument("--host-gb", type=float, default=20, help="host memory that layers rotate over, at most")
+    parser.add_argument("--memory", default="managed", choices=MEMORIES, help="kind of the host memory")
     parser.add_argument("--products", action="store_true", help="a product with 235 MB of weights between layers")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     return parser

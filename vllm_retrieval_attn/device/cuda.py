@@ -1,5 +1,6 @@
 """The attention layer on CUDA: FlashAttention over the pages, search on the CPU meanwhile, merge."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vllm_retrieval_attn.device.sketch import Sketch, current_sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
 from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.managed import ManagedMemory, can_share, let_workers_read
 from vllm_retrieval_attn.store.pinning import Pinner
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
     from vllm_retrieval_attn.plugin.worker import RetrievalWorker
     from vllm_retrieval_attn.store.arena import Arena
+
+
+logger = logging.getLogger("vllm.retrieval")
 
 
 @dataclass
@@ -46,14 +51,36 @@ class DevicePlan:
     encoded: list[Encoded]
 
 
-class CudaHost:
-    """What all layers of a rank share: streams, pinned buffers, staging for the prefill stream."""
+def memory_for(layout: Layout, device: torch.device) -> ManagedMemory | None:
+    """Memory for pages whose rows the GPU reads; None where it had better read them from the shared file."""
+    if not can_share(device.index):
+        logger.warning(
+            "retrieval: this GPU does not read managed memory beside the CPU (WSL, a virtual GPU); the host arena is "
+            "pinned shared memory, whose rows it reads at half the speed"
+        )
+        return None
+    let_workers_read()
+    return ManagedMemory(layout.all_pages_bytes, device.index)
 
-    def __init__(self, arena: "Arena", device: torch.device) -> None:
+
+class CudaHost:
+    """What all layers of a rank share: streams, pinned buffers, staging for the prefill stream.
+
+    Args:
+        arena: of the rank. sketch: likewise. memory: the pages, if they do not lie in the shared file.
+    """
+
+    def __init__(
+        self, arena: "Arena", device: torch.device, sketch: Sketch | None, memory: ManagedMemory | None
+    ) -> None:
         lay = arena.layout
         self._layout: Layout = lay
+        self._memory = memory
         self.arena_address = int(arena.views.pages.ctypes.data)
-        self.pinner = Pinner(self.arena_address - lay.pages_offset, lay)
+        self.pinner = Pinner(int(arena.views.words.ctypes.data) - lay.parts["words"][0], lay)
+        if sketch is not None:
+            sketch.connect(self.arena_address)
+            arena.codes = sketch.codes
         self.device = device
         self.mirror_stream = torch.cuda.Stream(device)
         self.mirror_done = torch.cuda.Event()
@@ -62,7 +89,8 @@ class CudaHost:
         shape = (lay.max_rows, lay.heads, lay.dim)
         self.found = torch.empty(shape, dtype=torch.float32, pin_memory=True)
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
-        self.stage = Stage(lay, arena.pages.dtype, device)
+        fetching = sketch.kernels if sketch is not None and memory is not None else None
+        self.stage = Stage(lay, arena.pages, device, fetching)
 
     def warm_up(self, cache: torch.Tensor) -> None:
         """Compile kernels for a layer's paged cache (blocks, kv_heads, block, 2 * d)."""
@@ -103,6 +131,8 @@ class CudaHost:
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
         self.pinner.close()
+        if self._memory is not None:
+            self._memory.close()
 
 
 def _decode(
@@ -328,7 +358,7 @@ class CudaLayer:
     ) -> torch.Tensor:
         """Exact attention of the plan's prefill row ``number`` over its host tokens; returns its LSE."""
         item, stage = plan.prefill[number], worker.cuda.stage
-        stream = stream_of(plan, stage, worker.arena.pages)
+        stream = stream_of(plan, stage)
         q = query[item.first : item.last]
         running = output[item.first : item.last].float()
         running_lse = lse[:, item.first : item.last].contiguous()

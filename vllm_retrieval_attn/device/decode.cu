@@ -10,3 +10,4 @@
 #include "decode_weigh.cuh"
 #include "decode_gather.cuh"
 #include "decode_merge.cuh"
+#include "decode_fetch.cuh"

@@ -18,12 +18,14 @@ _FOLDER = Path(__file__).parent
 _MAIN = "decode.cu"
 _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
-    "merge_parts": 512, "list_rows": 256, "write_layers": 512,
+    "merge_parts": 512, "list_rows": 256, "write_layers": 512, "fetch_pages": 512,
 }  # fmt: skip
 _CHAINED = ("score_keys",)
 """Kernels that may begin before the one ahead of them ends (decode_common.cuh). With all of them a layer took 20 us
 more (docs/benchmarks.md, 2026-11-25): early blocks of ``gather_rows`` and ``merge_parts`` are in the way of those
 that fetch."""
+_FETCH_BLOCKS = 16
+"""Of fetch_pages: a few more than keep the link busy, as others run beside it (docs/benchmarks.md, 2026-11-25)."""
 _BIN_WORDS = 257
 
 
@@ -183,6 +185,7 @@ class DecodeKernels:
             "list_rows": min(units, 2 * every),
             "encode_tokens": 8 * every,
             "write_layers": min(geometry.layers * units, 4 * every),
+            "fetch_pages": _FETCH_BLOCKS,
         }
         for name in ("score_keys", "weigh_keys", "gather_rows"):
             blocks = self._called(
@@ -290,6 +293,10 @@ class DecodeKernels:
                 of each token; a page of -1: not coded.
         """
         self._launch("encode_tokens", _packed(layer), _packed(places), _packed(targets), _packed(len(targets)))
+
+    def fetch(self, layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy host pages (n,) int64 of a layer into ``out`` (n, H, PAGE, 2, d) of the dtype, contiguous."""
+        self._launch("fetch_pages", _packed(layer, pages, len(pages), out))
 
     def score(self, layer: int) -> None:
         """Estimated scores of all coded keys of the rows that have more of them than their limit."""

@@ -1,5 +1,8 @@
 """The host tokens that a prefill chunk attends to, streamed to the GPU through two buffers, in the order of their use.
 
+Pages of the shared file are copied by the copy engines, those in managed memory by a kernel on a few multiprocessors
+(device/decode_fetch.cuh).
+
 Which pages are wanted, layer after layer, is known when a step begins. So a buffer is filled again as soon as it is
 free, also with what the next layer will read first, while the GPU is still at this one.
 """
@@ -12,6 +15,7 @@ import torch
 from vllm_retrieval_attn.store.layout import Layout
 
 if TYPE_CHECKING:
+    from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
     from vllm_retrieval_attn.device.plan import PrefillRow
 
 STAGE_BYTES = 256 << 20
@@ -22,34 +26,45 @@ class Stage:
     """The buffers, for the life of the process.
 
     Args:
-        layout, dtype: of the arena. device: the GPU.
+        layout: of the arena. arena: (pages, layers, kv_heads, page_tokens, 2, dim), on the host. device: the GPU.
+        kernels: that fetch pages which the copy engines do not read; None where they do.
 
     Attributes:
         pages: of a buffer. table: (1, pages) int32 block table of a buffer.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, layout: Layout, arena: torch.Tensor, device: torch.device, kernels: "DecodeKernels | None"
+    ) -> None:
+        self.device, self.arena, self._kernels = device, arena, kernels
         self.pages = max(1, min(STAGE_BYTES // 2 // layout.page_layer_bytes, layout.pages))
         shape = (2, self.pages, layout.kv_heads, layout.page_tokens, 2, layout.dim)
-        self.buffers = torch.empty(shape, dtype=dtype, device=device)
+        self.buffers = torch.empty(shape, dtype=arena.dtype, device=device)
         self.table = torch.arange(self.pages, dtype=torch.int32, device=device)[None]
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device, priority=-1)  # a kernel that fetches gets the next free processors
         self.full = [torch.cuda.Event() for _ in range(2)]
         self.free = [torch.cuda.Event() for _ in range(2)]
+
+    def fetch(self, buffer: int, layer: int, pages: list[int], numbers: torch.Tensor) -> None:
+        """Fill a buffer with pages of a layer, on the current stream; ``numbers``: the same pages, on the GPU."""
+        target = self.buffers[buffer]
+        if self._kernels is not None:
+            self._kernels.fetch(layer, numbers, target)
+            return
+        for place, page in enumerate(pages):
+            target[place].copy_(self.arena[page, layer], non_blocking=True)
 
 
 class PrefillStream:
     """One step's way through the buffers.
 
     Args:
-        stage: the buffers. arena: (pages, layers, kv_heads, page_tokens, 2, dim) pinned. rows: of the step that have
-            host tokens, in the order in which every layer asks for them.
+        stage: the buffers. rows: of the step that have host tokens, in the order in which every layer asks for them.
     """
 
-    def __init__(self, stage: Stage, arena: torch.Tensor, rows: "list[PrefillRow]") -> None:
-        self._stage, self._arena = stage, arena
-        page_tokens = arena.shape[3]
+    def __init__(self, stage: Stage, rows: "list[PrefillRow]") -> None:
+        self._stage = stage
+        layers, page_tokens = stage.arena.shape[1], stage.arena.shape[3]
         pieces: list[tuple[list[int], int]] = []
         self.counts: list[int] = []
         for row in rows:
@@ -60,11 +75,17 @@ class PrefillStream:
                 pieces.append((group, min(row.host_tokens - first * page_tokens, len(group) * page_tokens)))
             self.counts.append(len(starts))
         self._pieces = pieces
-        tokens = np.array([tokens for _, tokens in pieces], np.int32)
-        self._tokens = torch.from_numpy(tokens).pin_memory().to(stage.device, non_blocking=True)
-        lengths = np.stack([[0, row.last - row.first] for row in rows]).astype(np.int32)
-        self.starts = torch.from_numpy(lengths).pin_memory().to(stage.device, non_blocking=True)
-        self._all = len(pieces) * arena.shape[1]
+
+        def sent(numbers: Any, dtype: Any) -> torch.Tensor:
+            array = torch.from_numpy(np.array(numbers, dtype))
+            return array.pin_memory().to(stage.device, non_blocking=True)
+
+        self._tokens = sent([tokens for _, tokens in pieces], np.int32)
+        self._numbers = sent([page for group, _ in pieces for page in group], np.int64).split(
+            [len(group) for group, _ in pieces]
+        )
+        self.starts = sent([[0, row.last - row.first] for row in rows], np.int32)
+        self._all = len(pieces) * layers
         self._next = self._taken = 0
         ready = torch.cuda.Event()
         ready.record()  # what earlier steps wrote to the arena has arrived, and their use of the buffers is over
@@ -81,8 +102,7 @@ class PrefillStream:
         with torch.cuda.stream(stage.stream):
             if number >= 2:
                 stage.stream.wait_event(stage.free[buffer])
-            for place, page in enumerate(self._pieces[piece][0]):
-                stage.buffers[buffer, place].copy_(self._arena[page, layer], non_blocking=True)
+            stage.fetch(buffer, layer, self._pieces[piece][0], self._numbers[piece])
             stage.full[buffer].record()
         self._next += 1
 
@@ -101,9 +121,9 @@ class PrefillStream:
         self._fetch()
 
 
-def stream_of(plan: Any, stage: Stage, arena: torch.Tensor) -> PrefillStream:
+def stream_of(plan: Any, stage: Stage) -> PrefillStream:
     """The stream of a StepPlan, made by its first layer."""
     if plan.stream is None:
-        plan.stream = PrefillStream(stage, arena, plan.prefill)
+        plan.stream = PrefillStream(stage, plan.prefill)
     stream: PrefillStream = plan.stream
     return stream

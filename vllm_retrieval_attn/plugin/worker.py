@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,17 +107,20 @@ class RetrievalWorker:
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
         rank = vllm_config.parallel_config.rank
-        self.arena = Arena(layout, dtype, rank, config.poison_freed)
         self.cuda: Any = None
         if vllm_config.device_config.device_type == "cuda":
-            from vllm_retrieval_attn.device.cuda import CudaHost
+            from vllm_retrieval_attn.device.cuda import CudaHost, memory_for
             from vllm_retrieval_attn.device.sketch import current_sketch
 
-            self.cuda = CudaHost(self.arena, torch.device("cuda", torch.cuda.current_device()))
+            device = torch.device("cuda", torch.cuda.current_device())
             self.sketch = current_sketch()
-            if self.sketch is not None:
-                self.sketch.connect(self.cuda.arena_address)
-                self.arena.codes = self.sketch.codes
+            memory = memory_for(layout, device) if self.sketch is not None else None
+            if memory is not None:
+                layout = replace(layout, pages_at=memory.address)
+            self.arena = Arena(layout, dtype, rank, config.poison_freed, memory.array if memory else None)
+            self.cuda = CudaHost(self.arena, device, self.sketch, memory)
+        else:
+            self.arena = Arena(layout, dtype, rank, config.poison_freed)
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None

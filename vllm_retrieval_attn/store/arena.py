@@ -16,7 +16,7 @@ from vllm_retrieval_attn.store.layout import (
 )
 from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views, page_tensor
+from vllm_retrieval_attn.store.views import Array, Views, page_tensor
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -30,10 +30,10 @@ class Arena:
 
     Args:
         layout: shapes. rank: tensor-parallel rank, part of the file's name.
-        poison: overwrite freed pages with NaN (tests).
+        poison: overwrite freed pages with NaN (tests). memory: bytes of the pages, where layout.pages_at tells.
 
     Attributes:
-        pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file.
+        pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file, or over ``memory``.
         queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
         space: which space codes the tokens of requests that are opened from now on.
         codes: pages of the sketch on the GPU; None where there is no sketch.
@@ -41,10 +41,12 @@ class Arena:
         filled: every page holds synthetic K and V that requests may count on (bench/fill.py).
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, rank: int, poison: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, rank: int, poison: bool = False, memory: Array | None = None
+    ) -> None:
         self.layout = layout
         self.file = SharedFile.create(layout.file_bytes, rank)
-        self.views = Views(layout, self.file.map)
+        self.views = Views(layout, self.file.map, memory)
         lay = layout
         self.pages = page_tensor(layout, self.views, dtype)
         self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)

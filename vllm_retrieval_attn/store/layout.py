@@ -82,6 +82,7 @@ class Layout:
         most_limit: most rows that a request may ask to read for a KV head.
         first_head: number of this rank's first KV head in the whole model.
         indexed: whether there is an index at all.
+        pages_at: where the pages begin in the memory of the vLLM worker; 0: they lie in the file.
     """
 
     layers: int
@@ -99,6 +100,7 @@ class Layout:
     most_limit: int = 1024
     first_head: int = 0
     indexed: bool = False
+    pages_at: int = 0
 
     @property
     def group(self) -> int:
@@ -199,7 +201,11 @@ class Layout:
 
     @property
     def file_bytes(self) -> int:
-        return self.pages_offset + self.pages * self.page_bytes
+        return self.pages_offset + (0 if self.pages_at else self.all_pages_bytes)
+
+    @property
+    def all_pages_bytes(self) -> int:
+        return self.pages * self.page_bytes
 
     def page_tokens_owned(self, tokens: int) -> int:
         """Pages that ``tokens`` host tokens take."""

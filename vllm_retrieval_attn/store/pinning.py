@@ -1,5 +1,8 @@
 """Pinning the shared file for the GPU, all of it at start: no request waits for it, and no graph is captured meanwhile.
 
+Pages lie in the file where there is no sketch, so that the CPU workers read them in place and the copy engines bring
+them to the GPU; otherwise elsewhere (store/managed.py).
+
 Most of the time is the system's, for clearing memory at first touch; so threads take it side by side before CUDA is
 asked to pin it (store/mapping.py).
 """
@@ -26,7 +29,7 @@ class Pinner:
     """Registers a mapped file with CUDA, but for what the GPU never reads.
 
     Args:
-        address: where the file is mapped. layout: its shape.
+        address: where the file is mapped. layout: its shape; the file may have no pages.
 
     Raises:
         RuntimeError: the system refuses to pin so much memory.
@@ -51,6 +54,8 @@ class Pinner:
                 pool.shutdown(cancel_futures=True)
                 self.close()
                 raise
+        if not slabs:
+            return
         logger.info(
             "retrieval: pinned %.1f GB of host memory in %.1f s, %d %% of it in huge pages",
             (end - layout.pages_offset) / 1e9, time.monotonic() - begin, 100 * huge // (end - layout.pages_offset),

@@ -40,10 +40,13 @@ class Views:
         probe_numbers: (probe_numbers,) int64. fidelity: (actors, layers, FIDELITY_FIELDS) float64.
         probe: (layers, heads, probe_floats) float32. chosen: (layers, kv_heads, 1 + most_chosen) int32: how many rows
             the probed step read of those that are searched through the index, and which.
-        pages: all pages as bytes; see :func:`page_tensor`.
+        pages: all pages as bytes, see :func:`page_tensor`; empty in a process that can not map them.
+
+    Args:
+        layout: of the file. memory: the file. pages: the pages, where they do not lie in the file but in this process.
     """
 
-    def __init__(self, layout: Layout, memory: Any) -> None:
+    def __init__(self, layout: Layout, memory: Any, pages: Array | None = None) -> None:
         self._layout = layout
         self._raw: Array = np.frombuffer(memory, np.uint8)
         lay = layout
@@ -72,7 +75,7 @@ class Views:
             probe[numbers_end:fidelity_end].view(np.float64).reshape(lay.actors, lay.layers, FIDELITY_FIELDS)
         )
         self.probe: Array = probe[fidelity_end:].view(np.float32).reshape(lay.layers, lay.heads, lay.probe_floats)
-        self.pages: Array = self._raw[lay.pages_offset : lay.file_bytes]
+        self.pages: Array = self._raw[lay.pages_offset : lay.file_bytes] if pages is None else pages
 
     def _part(self, name: str, dtype: Any) -> Array:
         offset, size = self._layout.parts[name]

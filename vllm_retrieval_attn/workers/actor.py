@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from threadpoolctl import ThreadpoolController
 
+from vllm_retrieval_attn.index.elsewhere import check_readable
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
@@ -48,6 +49,7 @@ class SearchActor:
         self._file = SharedFile.attach(setup.path)
         views = self._views = Views(layout, self._file.map)
         indexes = Indexes(layout, views, actor)
+        check_readable(indexes.source)
         desk = Desk(layout, views, indexes, setup.scale, setup.candidates)
         self._lanes = [Lane(layout, views, desk, actor, t, setup.spin_ns) for t in (LEADER, *range(layout.threads))]
         for lane in self._lanes:
@@ -60,7 +62,7 @@ class SearchActor:
             self._growers = [Grower(layout, views, indexes, t, layout.threads) for t in range(layout.threads)]
             for grower in self._growers:
                 grower.start()
-            self._prober = Prober(layout, views, actor, setup.scale)
+            self._prober = Prober(layout, views, indexes, actor, setup.scale)
             self._prober.start()
         # Last, since the client takes the process for attached from here on.
         views.words[views.actor_word(actor)] = os.getpid()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_retrieval_attn.index.elsewhere import Source
 from vllm_retrieval_attn.index.head import NO_ADDRESSES, HeadIndex
 from vllm_retrieval_attn.index.native import Native, native
 from vllm_retrieval_attn.index.rows import Memory, memory_of
@@ -85,9 +86,9 @@ class Geometry(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Views of the shared file, see Views; ``memory`` and ``queries`` as rows of elements."""
+    """Views of the shared file, see Views; ``source``, the pages, and ``queries`` as rows of elements."""
 
-    memory: Memory
+    source: Source
     queries: Memory
     tables: npt.NDArray[np.int64]
     outside: npt.NDArray[np.float32]
@@ -116,7 +117,7 @@ class Desk:
             layout.most_chosen, native(),
         )  # fmt: skip
         self.shared = Shared(
-            indexes.memory, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
+            indexes.source, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
             views.read, views.chosen,
         )  # fmt: skip
         self._held: list[npt.NDArray[Any]] = []

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_retrieval_attn.index.elsewhere import Source, copies, load_keys, source_of
 from vllm_retrieval_attn.index.head import HeadIndex
-from vllm_retrieval_attn.index.rows import Memory, jit, load, memory_of
 from vllm_retrieval_attn.sketch.space import LEARNED, rotated
-from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, Layout
+from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, WORD_CLIENT_PID, Layout
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.sync import full_fence
 
@@ -37,26 +37,21 @@ class _Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@jit
-def _load_keys(memory: Any, table: Any, page_tokens: int, page_elements: int, base: int, first: int, out: Any) -> None:
-    n, dim = out.shape
-    for t in range(n):
-        token = first + t
-        start = table[token // page_tokens] * page_elements + base + token % page_tokens * 2 * dim
-        load(memory, start, dim, out[t])
-
-
 class Indexes:
     """Safe for several threads.
 
     Args:
         layout, views: the shared file of the rank. actor: which share of the KV heads.
+
+    Attributes:
+        heads: of the share. source: the pages.
     """
 
     def __init__(self, layout: Layout, views: Views, actor: int) -> None:
         self._layout, self._views = layout, views
         self.heads = list(range(actor, layout.kv_heads, layout.actors))
-        self.memory: Memory = memory_of(views.pages, layout.dtype_code)
+        owner = int(views.words[WORD_CLIENT_PID]) if layout.pages_at else 0
+        self.source: Source = source_of(views.pages, layout.dtype_code, owner, layout.pages_at)
         self._entries: dict[Key, _Entry] = {}
 
     def row_base(self, layer: int, head: int) -> int:
@@ -91,6 +86,7 @@ class Indexes:
     def _extend(self, key: Key, entry: _Entry, tokens: int) -> None:
         lay, index = self._layout, entry.index
         slot, layer, head = key
+        held = copies(lay.dim, lay.dtype_code)
         while index.size < tokens:
             count = min(_PIECE, tokens - index.size)
             keys = np.empty((count, lay.dim), np.float32)
@@ -100,7 +96,14 @@ class Indexes:
             if table.min() < 0 or table.max() >= lay.pages:
                 raise RequestGone
             base = self.row_base(layer, head)
-            _load_keys(self.memory, table, lay.page_tokens, lay.page_elements, base, index.size, keys)
+            at = index.size
+            while at < last:
+                page, offset = divmod(at, lay.page_tokens)
+                part = keys[at - index.size : at - index.size + lay.page_tokens - offset]
+                start = int(table[page]) * lay.page_elements + base + offset * lay.row_elements
+                if not load_keys(self.source, start, held, part):
+                    raise OSError("retrieval: the memory of the serving process can not be read")
+                at += len(part)
             self._check(slot, entry.generation)
             index.append(keys)
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_retrieval_attn.index.elsewhere import read_bytes
 from vllm_retrieval_attn.index.rows import BFLOAT16, FLOAT16
 from vllm_retrieval_attn.store.layout import (
     ACTOR_PROBES,
@@ -19,8 +20,9 @@ from vllm_retrieval_attn.store.layout import (
     WORD_PROBES,
     Layout,
 )
-from vllm_retrieval_attn.store.views import Views, page_tensor
+from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.grower import be_nice
+from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.sync import full_fence
 
 logger = logging.getLogger("vllm.retrieval")
@@ -33,14 +35,15 @@ class Prober(threading.Thread):
     """Serves the probes of one actor.
 
     Args:
-        layout, views: the shared file of the rank. actor: which share of the KV heads. scale: softmax scale.
+        layout, views: the shared file of the rank. indexes: of the actor, to find its pages. actor: which share of the
+            KV heads. scale: softmax scale.
     """
 
-    def __init__(self, layout: Layout, views: Views, actor: int, scale: float) -> None:
+    def __init__(self, layout: Layout, views: Views, indexes: Indexes, actor: int, scale: float) -> None:
         super().__init__(name=f"retrieval-prober-{actor}", daemon=True)
         self._layout, self._views, self._actor, self._scale = layout, views, actor, scale
-        dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
-        self._pages = page_tensor(layout, views, dtype)
+        self._indexes = indexes
+        self._dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -87,8 +90,7 @@ class Prober(threading.Thread):
         table = self._views.tables[int(row[ROW_TABLE]), : lay.page_tokens_owned(tokens)].copy()
         if len(table) == 0 or table.min() < 0 or table.max() >= lay.pages:
             return (0.0,) * FIDELITY_FIELDS  # the request ended
-        rows = self._pages[torch.from_numpy(table), layer, head]  # (pages, page_tokens, 2, d)
-        keys, values = rows.flatten(0, 1)[:tokens].float().unbind(1)
+        keys, values = self._rows(layer, head, table)[:tokens].float().unbind(1)
         probe = torch.from_numpy(self._views.probe[layer, head * lay.group : (head + 1) * lay.group].copy())
         queries, found, paged = probe[:, : 3 * lay.dim].view(lay.group, 3, lay.dim).unbind(1)
         found_lse, paged_lse = probe[:, 3 * lay.dim :].unbind(1)
@@ -103,6 +105,15 @@ class Prober(threading.Thread):
         recall = read[best].float().mean(1)
         mass = (weights * read).sum(1)
         return float(lay.group), *(float(part.sum()) for part in (recall, mass, error, bias))
+
+    def _rows(self, layer: int, head: int, table: npt.NDArray[np.int64]) -> torch.Tensor:
+        """(tokens of all these pages, 2, d) of a KV head."""
+        lay = self._layout
+        rows = torch.empty(len(table), lay.head_elements, dtype=self._dtype)
+        for page, out in zip(table.tolist(), rows.view(torch.uint8).numpy(), strict=True):
+            start = page * lay.page_elements + self._indexes.row_base(layer, head)
+            read_bytes(self._indexes.source, start, out)
+        return rows.view(-1, 2, lay.dim)
 
     def _read(self, layer: int, head: int, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(tokens,) which host tokens the step read: those chosen, and all beyond the index."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import ChoiceScratch, choice_scratch
+from vllm_retrieval_attn.index.elsewhere import Copies, copies
 from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import Running, Scratch, jit, running, scratch
 from vllm_retrieval_attn.index.search import MOST
@@ -43,7 +44,7 @@ class LaneMemory(NamedTuple):
 
     Attributes:
         work, choice, run: see index/. scaled: (g, d + 1) float32 queries in a shard's scale. best: scratch of
-            index/search.py's thresholds. out, lse: (g, d), (g,).
+            index/search.py's thresholds. out, lse: (g, d), (g,). held: for rows that lie elsewhere.
     """
 
     work: Scratch
@@ -53,6 +54,7 @@ class LaneMemory(NamedTuple):
     best: npt.NDArray[np.float32]
     out: npt.NDArray[np.float32]
     lse: npt.NDArray[np.float32]
+    held: Copies
 
 
 class Arrays(NamedTuple):
@@ -92,6 +94,7 @@ def lane_memory(layout: Layout, candidates: int) -> LaneMemory:
         np.zeros(candidates // 64 + 2, np.float32),
         np.zeros(shape, np.float32),
         np.zeros(layout.group, np.float32),
+        copies(layout.dim, layout.dtype_code),
     )
 
 

@@ -12,14 +12,9 @@ import numba
 import numpy as np
 
 from vllm_retrieval_attn.index.choosing import Found, choose, seed_of
+from vllm_retrieval_attn.index.elsewhere import attend_picked_from, attend_run_from
 from vllm_retrieval_attn.index.native import pointer_to
-from vllm_retrieval_attn.index.rows import (
-    attend_picked,
-    attend_run,
-    finish,
-    jit,
-    load,
-)
+from vllm_retrieval_attn.index.rows import finish, jit, load
 from vllm_retrieval_attn.index.search import product, search_shard, shard_keys, threshold, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.workers.desk import (
@@ -124,7 +119,8 @@ def _search(arrays: Any, u: int, t: int, geometry: Any, lane: Any) -> int:
 
 @jit
 def _attend_exactly(task: Any, first: int, last: int, queries: Any, geometry: Any, shared: Any, lane: Any) -> int:
-    """Fold rows ``[first, last)`` of a task into the lane's softmax; returns how many, -1 where they lie nowhere."""
+    """Fold rows ``[first, last)`` of a task into the lane's softmax; returns how many, -1 where they lie nowhere
+    or can not be read."""
     table = shared.tables[task[TASK_TABLE]]
     at = first
     while at < last:
@@ -134,7 +130,8 @@ def _attend_exactly(task: Any, first: int, last: int, queries: Any, geometry: An
         if page < 0 or page >= geometry.pages:
             return -1
         start = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
-        attend_run(shared.memory, start, count, queries, lane.run, lane.work)
+        if not attend_run_from(shared.source, start, count, queries, lane.run, lane.work, lane.held):
+            return -1
         at += count
     return last - first
 
@@ -215,7 +212,8 @@ def _choose(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> bool:
 
 @jit
 def _fold(arrays: Any, t: int, piece: int, geometry: Any, shared: Any, lane: Any) -> int:
-    """Attend to one piece of a task's chosen rows, the last piece: to those beyond its index; returns how many."""
+    """Attend to one piece of a task's chosen rows, the last piece: to those beyond its index; returns how many, -1
+    where they can not be read."""
     task, queries = arrays.tasks[t], arrays.queries[t]
     _clear(lane.run)
     if piece == FOLDED - 1:
@@ -224,7 +222,8 @@ def _fold(arrays: Any, t: int, piece: int, geometry: Any, shared: Any, lane: Any
         first, last = task[TASK_COUNT] * piece // (FOLDED - 1), task[TASK_COUNT] * (piece + 1) // (FOLDED - 1)
         count = last - first
         starts, log_pi = arrays.chosen[t, first:last], arrays.log_pi[t, first:last]
-        attend_picked(shared.memory, starts, log_pi, count, queries, lane.run, lane.work)
+        if not attend_picked_from(shared.source, starts, log_pi, count, queries, lane.run, lane.work, lane.held):
+            return -1
     _keep(lane.run, arrays.folded[t, piece])
     return count
 
