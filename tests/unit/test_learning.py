@@ -1,12 +1,16 @@
 """The model's space: learned from what prompts bring, kept in a file, taken by actors."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from tests.unit.layouts import make_layout
 from vllm_retrieval_attn.device.learning import LEARN_TOKENS, SpaceLearner
-from vllm_retrieval_attn.sketch.space import Space, balanced
+from vllm_retrieval_attn.plugin.model_space import ModelSpace
+from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION, Space, balanced
+from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.space_file import load_space, save_space, space_path
 from vllm_retrieval_attn.store.views import Views
 
@@ -124,3 +128,58 @@ def test_the_shared_file_carries_each_head_its_own():
             assert np.array_equal(one.mean, space.mean[number])
             assert np.array_equal(one.keys, space.keys[number])
             assert np.array_equal(one.queries, space.queries[number])
+
+
+# ---- the space of a server
+
+
+class Slow(SpaceLearner):
+    """Waits until it may go on."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.go = threading.Event()
+
+    def space(self) -> Space:
+        assert self.go.wait(30)
+        return super().space()
+
+
+@pytest.fixture
+def server(folder):
+    """An arena and its ModelSpace, which has learned nothing yet."""
+    layout = make_layout(kv_heads=KV_HEADS, group=GROUP, dim=DIM, layers=LAYERS, indexed=True)
+    arena = Arena(layout, torch.float32, 91)
+    yield arena, ModelSpace(space_path("model", 0, 1), arena, None, 0)
+    arena.close()
+
+
+def test_the_prompt_that_is_learned_from_does_not_wait_and_the_next_request_does(server):
+    arena, space = server
+    learner = space._learner = fed([LEARN_TOKENS], learner=Slow(LAYERS))
+    assert arena.open("first", 1).space == ROTATION
+    space.end()
+    assert arena.open("first", 1).space == ROTATION
+    assert not space.path.exists()
+    threading.Timer(0.2, learner.go.set).start()
+    assert arena.open("second", 1).space == LEARNED
+    assert space.path.exists()
+    wanted = fed([LEARN_TOKENS]).space()
+    assert np.array_equal(arena.views.learned_space(1, 0).keys, wanted.keys[KV_HEADS])
+    assert arena.requests["first"].space == ROTATION
+
+
+def test_what_can_not_be_learned_from_is_said_and_the_next_prompt_is_tried(server, caplog):
+    arena, space = server
+    learner = space._learner = SpaceLearner(LAYERS)
+    keys, queries = tokens(0, LEARN_TOKENS)
+    keys[5] = torch.nan
+    learner.begin("a", LEARN_TOKENS)
+    for layer in range(LAYERS):
+        learner.add(layer, keys, queries)
+    space.end()
+    assert arena.open("next", 1).space == ROTATION
+    assert "no space is learned from this prompt" in caplog.text
+    assert space._learner is not None
+    assert not space._learner.complete
+    assert not space.path.exists()

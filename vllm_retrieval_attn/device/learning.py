@@ -1,6 +1,7 @@
 """Learning the model's space (sketch/space.py) from the first prompt that is long enough."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class SpaceLearner:
         self._tokens = 0
         self._seen: set[int] = set()
         self._sums: dict[int, _Sums] = {}
+        self._done: Any = None
 
     def begin(self, request_id: str, tokens: int) -> None:
         """A step brings ``tokens`` new tokens of a request; another one than before starts anew."""
@@ -67,12 +69,20 @@ class SpaceLearner:
         """Whether the sums are of enough tokens in every layer."""
         return self._tokens >= LEARN_TOKENS and len(self._sums) == self._layers
 
+    def close(self) -> None:
+        """Nothing will be added any more, so that another thread may ask for :meth:`space`."""
+        if self._sums[0].keys.is_cuda:
+            self._done = torch.cuda.Event()
+            self._done.record()
+
     def space(self) -> Space:
         """The balanced space of all layers' KV heads, layer by layer.
 
         Raises:
             ValueError: keys or queries that are not finite.
         """
+        if self._done is not None:
+            self._done.synchronize()
         ordered = [self._sums[layer] for layer in range(self._layers)]
 
         def stacked(name: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":

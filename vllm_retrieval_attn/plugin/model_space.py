@@ -2,6 +2,7 @@
 
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class ModelSpace:
     def __init__(self, path: Path, arena: "Arena", sketch: Any, sink_end: int) -> None:
         self.path, self._arena, self._sketch, self._sink_end = path, arena, sketch, sink_end
         self._learner: SpaceLearner | None = None
+        self._learning: Future[Space] | None = None
+        arena.before_open = self.settle
         lay = arena.layout
         space = load_space(path, lay.layers * lay.kv_heads, lay.dim)
         if space is None:
@@ -66,21 +69,34 @@ class ModelSpace:
             self._learner.add(layer, key[first:last], query[first:last])
 
     def end(self) -> None:
-        """A step is over: learn once there is enough, so that it depends on no clock."""
+        """A step is over: begin to learn once there is enough. The prompt at hand does not wait for it."""
         if self._learner is None or not self._learner.complete:
             return
+        learner, self._learner = self._learner, None
+        learner.close()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="retrieval-space")
+        self._learning = pool.submit(self._learn, learner)
+        pool.shutdown(wait=False)
+
+    def _learn(self, learner: SpaceLearner) -> Space:
         begin = time.monotonic()
-        try:
-            space = self._learner.space()
-        except ValueError as error:
-            logger.warning("retrieval: no space is learned from this prompt: %s", error)
-            self.forget()
-            return
-        self._learner = None
-        self._keep(space)
+        space = learner.space()
         kept = save_space(self.path, space)
         where = f", kept in {self.path}" if kept else ""
         logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
+        return space
+
+    def settle(self) -> None:
+        """A request is about to be opened: if what was begun can concern it, wait for it. So which space codes a
+        request depends on no clock."""
+        if self._learning is None:
+            return
+        learning, self._learning = self._learning, None
+        try:
+            self._keep(learning.result())
+        except ValueError as error:
+            logger.warning("retrieval: no space is learned from this prompt: %s", error)
+            self.forget()
 
     def _keep(self, space: Space) -> None:
         self._arena.views.keep_space(space)

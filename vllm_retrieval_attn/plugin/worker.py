@@ -352,6 +352,8 @@ class RetrievalWorker:
         """Counters for benchmarks and tests."""
         found: dict[str, Any] = {"index": self.config.index}
         if self.hosted:
+            if self.space is not None:
+                self.space.settle()
             found |= {
                 "host_bytes": self.arena.used_bytes,
                 "host_pages": self.arena.used_pages,

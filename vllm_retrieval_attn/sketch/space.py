@@ -78,7 +78,7 @@ def balanced(mean: npt.NDArray[Any], covariance: npt.NDArray[Any], moment: npt.N
     """
     spread, wanted = (np.asarray(part, np.float64) for part in (covariance, moment))
     heads = [slice(first, first + _HEADS_AT_ONCE) for first in range(0, len(spread), _HEADS_AT_ONCE)]
-    # A prompt waits for this. BLAS with threads of its own is slower than without, for matrices so small.
+    # The next prompt waits for this. BLAS with threads of its own is slower than without, for matrices so small.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(len(heads), len(os.sched_getaffinity(0)))) as pool:
         parts = list(pool.map(lambda some: _balanced(mean[some], spread[some], wanted[some]), heads))
     return Space(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Space)))

@@ -60,6 +60,7 @@ class Arena:
         self.filled = False
         self.uncoded = 0
         self.requests: dict[str, RequestStore] = {}
+        self.before_open: Callable[[], None] | None = None
         self.before_release: Callable[[RequestStore], None] | None = None
 
     @property
@@ -90,6 +91,8 @@ class Arena:
             self.release(request_id, store.epoch)
         if not self._slots:
             raise ArenaFull(f"more than {self.layout.max_rows} requests hold host memory")
+        if self.before_open is not None:
+            self.before_open()
         self._generation += 1
         store = RequestStore(request_id, epoch, self._slots.pop(), self._generation)
         store.sketched, store.space = self.codes is not None, self.space

@@ -8,6 +8,7 @@ other process can map it (index/elsewhere.py), and the copy engines do not read 
 
 import ctypes
 import logging
+import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -42,7 +44,7 @@ class ManagedMemory:
     """Zeros, all of them taken from the system at once.
 
     Args:
-        size: bytes. device: number of the GPU, whose context must be current.
+        size: bytes. device: number of the GPU.
 
     Attributes:
         address: of the first byte, for this process and the GPU. array: all bytes; not to be used once closed.
@@ -54,7 +56,8 @@ class ManagedMemory:
     def __init__(self, size: int, device: int) -> None:
         from cuda.bindings import driver
 
-        self._driver = driver
+        self._driver, self._device = driver, device
+        torch.zeros(1, device=f"cuda:{device}")  # makes the context, if nothing has
         begin = time.monotonic()
         attach = driver.CUmemAttach_flags.CU_MEM_ATTACH_GLOBAL
         self.address = int(_called("cuMemAllocManaged", driver.cuMemAllocManaged(size, attach.value)))
@@ -66,7 +69,14 @@ class ManagedMemory:
         with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
             starts = range(0, size, _PIECE)
             list(pool.map(lambda at: ctypes.memset(self.address + at, 0, min(_PIECE, size - at)), starts))
+        self._map(size)
         logger.info("retrieval: took %.1f GB of host memory in %.1f s", size / 1e9, time.monotonic() - begin)
+
+    def _map(self, size: int) -> None:
+        """Read a byte of every page on the GPU: what it does not have mapped yet is not left to the first request."""
+        view = {"shape": (size // mmap.PAGESIZE,), "strides": (mmap.PAGESIZE,), "typestr": "|u1", "version": 3}
+        pages: Any = type("Pages", (), {"__cuda_array_interface__": {**view, "data": (self.address, False)}})()
+        torch.as_tensor(pages, device=f"cuda:{self._device}").max().item()
 
     def _advise(self, size: int, advice: Any, kind: Any, number: int) -> None:
         driver = self._driver
