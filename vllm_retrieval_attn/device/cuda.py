@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror, warm_up
+from vllm_retrieval_attn.device.cuda_kernels import merge_in_place, mirror
 from vllm_retrieval_attn.device.prefill_stream import Stage, stream_of
 from vllm_retrieval_attn.device.sketch import Sketch, current_sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
@@ -91,11 +91,6 @@ class CudaHost:
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
         fetching = sketch.kernels if sketch is not None and memory is not None else None
         self.stage = Stage(lay, arena.pages, device, fetching)
-
-    def warm_up(self, cache: torch.Tensor) -> None:
-        """Compile kernels for a layer's paged cache (blocks, kv_heads, block, 2 * d)."""
-        lay = self._layout
-        warm_up(cache, lay.heads, self.arena_address, lay.head_elements)
 
     def plan(self, plan: "StepPlan") -> DevicePlan:
         """Send a step's index arrays to the GPU, once for all layers."""
@@ -244,7 +239,7 @@ class CudaLayer:
         if search:
             self._post(worker, layer, plan, query, lse)
         for number, item in enumerate(streaming):
-            lse[:, item.first : item.last] = self._stream(worker, plan, number, query, output, lse)
+            lse[:, item.first : item.last] = self.attend_streamed(worker, plan, number, query, output, lse)
         if chosen:
             self._attend_chosen(worker, layer, plan, (query, key, value), output, lse)
         if search:
@@ -347,7 +342,7 @@ class CudaLayer:
             paged_lse.numpy(),
         )
 
-    def _stream(
+    def attend_streamed(
         self,
         worker: "RetrievalWorker",
         plan: "StepPlan",

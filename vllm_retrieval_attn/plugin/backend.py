@@ -152,6 +152,12 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
         if not current_platform.is_cpu():
             load_sketch(self._vllm_config, self)
 
+    def warm_up(self, worker: Any, cache: torch.Tensor) -> None:
+        """Run once what a long prompt runs, on a GPU; see device/warm_up.py."""
+        from vllm_retrieval_attn.device.warm_up import warm_up
+
+        warm_up(worker, self._device, cache, self._vllm_config.scheduler_config.max_num_batched_tokens)
+
     def forward(
         self,
         layer: Any,

@@ -103,6 +103,7 @@ class RetrievalWorker:
     def _start_host(self, vllm_config: "VllmConfig") -> None:
         config = self.config
         layer = vllm_config.compilation_config.static_forward_context[self._names[0]]
+        self._warm_up = lambda cache: layer.impl.warm_up(self, cache)
         dtype, layout = self._layout(vllm_config, layer.num_heads)
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
@@ -210,7 +211,7 @@ class RetrievalWorker:
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._kv_caches = {name: kv_caches[name] for name in self._names if name in kv_caches}
         if self.hosted and self.cuda is not None and self._kv_caches:
-            self.cuda.warm_up(next(iter(self._kv_caches.values())))
+            self._warm_up(next(iter(self._kv_caches.values())))
 
     def begin_step(self, message: StepMessage) -> None:
         """Take the scheduler's word before the forward pass: release what ended."""
