@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -27,8 +28,9 @@ from vllm_retrieval_attn.store.layout import (
     WORD_STOP,
     Layout,
 )
+from vllm_retrieval_attn.store.page_tensor import page_tensor
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views, page_tensor
+from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.client import RingClient
 from vllm_retrieval_attn.workers.desk import Desk
 from vllm_retrieval_attn.workers.indexes import Indexes
@@ -50,6 +52,7 @@ class Ring:
         scale: float = 0.25,
         spin_ns: int = 50_000,
         elsewhere: bool = False,
+        limit_s: float = 60.0,
     ) -> None:
         own = np.zeros(layout.all_pages_bytes, np.uint8) if elsewhere else None
         layout = replace(layout, pages_at=own.ctypes.data) if own is not None else layout
@@ -64,9 +67,9 @@ class Ring:
         queries = torch.from_numpy(self.views.queries).view(DTYPES[dtype])
         self.queries = queries.view(lay.max_rows, lay.heads, lay.dim)
         self.views.partials[:] = np.nan
-        self.revived = 0
-        self.on_revive = lambda: None
-        self.client = RingClient(layout, self.views, spin_ns, self._revive)
+        self.asked = 0
+        self.on_asked = lambda: True
+        self.client = RingClient(layout, self.views, spin_ns, limit_s, self._alive)
         self.desks = [self._desk(actor) for actor in range(layout.actors)]
         self.lanes: list[Lane] = []
 
@@ -74,11 +77,16 @@ class Ring:
         indexes = Indexes(self.layout, self.lane_views, actor)
         return Desk(self.layout, self.lane_views, indexes, self.scale, CANDIDATES)
 
-    def _revive(self, since: float) -> float:
-        self.revived += 1
-        assert self.revived < 300, "no answer for 30 s"
-        self.on_revive()
-        return since
+    def _alive(self) -> bool:
+        self.asked += 1
+        return self.on_asked()
+
+    def await_idle(self) -> None:
+        """Until the actors are done with a message that nobody waits for any more."""
+        deadline = time.monotonic() + 60
+        while not self.client.idle():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def start(self, actor: int, thread: int) -> Lane:
         lane = Lane(self.layout, self.lane_views, self.desks[actor], actor, thread, self.spin_ns)

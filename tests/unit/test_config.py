@@ -56,7 +56,7 @@ def refusal(call) -> str:
         ({"threads": 0}, "threads"),
         ({"ray_address": 7}, "ray_address"),
         ({"worker_timeout_s": 0}, "worker_timeout_s"),
-        ({"restart_timeout_s": None}, "restart_timeout_s"),
+        ({"restart_timeout_s": 30}, "use 'answer_timeout_s'"),
     ],
 )
 def test_a_bad_knob_is_refused_in_one_line_that_names_it(knobs, named):

@@ -6,9 +6,10 @@ from vllm_retrieval_attn.device.decode_step import PAGE, Geometry
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.managed import ManagedMemory
+from vllm_retrieval_attn.store.page_tensor import page_tensor
 from vllm_retrieval_attn.store.pinning import Pinner
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Views, page_tensor
+from vllm_retrieval_attn.store.views import Views
 
 MEMORIES = ("managed", "registered")
 """Kinds: as with a sketch (store/managed.py), and as without (store/pinning.py)."""

@@ -21,7 +21,7 @@ from vllm_retrieval_attn.sketch.space import ROTATION
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import ROW_FIELDS, SLOT_SPACE, TAU_UNIT, Layout
 from vllm_retrieval_attn.workers.client import RingClient
-from vllm_retrieval_attn.workers.pool import ActorPool
+from vllm_retrieval_attn.workers.pool import WorkerPool
 
 _REPEAT = 8
 """Messages to each layer that are timed, after two that are not."""
@@ -66,8 +66,8 @@ class LayerSearch:
         # Scores of deviation 2: a few hundred keys in 128K carry half of the attention.
         self.arena.queries.copy_(torch.randn(self.arena.queries.shape) * 2)
         self.arena.outside.fill_(float(np.log(640) + 2))
-        self.pool = ActorPool(config, self.layout, self.arena.views, self.arena.file.path, dim**-0.5)
-        self.client = RingClient(self.layout, self.arena.views, config.spin_ns, self.pool.revive)
+        self.pool = WorkerPool(config, self.layout, self.arena.views, self.arena.file.path, dim**-0.5)
+        self.client = RingClient(self.layout, self.arena.views, config.spin_ns, 120.0, self.pool.alive)
         shape_of_answer = (1, self.layout.heads, dim)
         self._out = np.empty(shape_of_answer, np.float32), np.empty(shape_of_answer[:2], np.float32)
 

@@ -17,6 +17,7 @@ MOST_ROWS = 1 << 16
 
 REPLACED = {
     "budget": "rows",
+    "restart_timeout_s": "answer_timeout_s",
     "rerank": "rows",
     "tail": "rows",
     "segment_tokens": "page_tokens",
@@ -71,10 +72,10 @@ class RetrievalConfig(BaseModel):
     """Search threads in each actor. Default: see default_threads."""
     ray_address: str | None = None
     """A running Ray cluster on this host. Default: a local Ray of our own that ends with the engine."""
+    answer_timeout_s: float = Field(1.0, gt=0)
+    """How long a step waits for the workers' answer before the engine attends to the rows itself, all of them."""
     worker_timeout_s: float = Field(60.0, gt=0)
     """A living worker that has not answered for so long is taken for hung and replaced."""
-    restart_timeout_s: float = Field(30.0, gt=0)
-    """How long dead workers may take to come back before the requests that need them fail."""
     poison_freed: bool = False
     """Overwrite freed host pages and freed paged blocks with NaN. For tests: slow."""
 

@@ -7,7 +7,7 @@ import torch
 from vllm_retrieval_attn.device.merge import merge_partials
 
 if TYPE_CHECKING:
-    from vllm_retrieval_attn.device.plan import PrefillRow, StepPlan
+    from vllm_retrieval_attn.device.plan import HostRow, StepPlan
     from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata
     from vllm_retrieval_attn.plugin.worker import RetrievalWorker
 
@@ -91,7 +91,7 @@ class CpuLayer:
             assert worker is not None
             worker.arena.queries[: len(searched)] = query[torch.from_numpy(plan.decode_tokens)]
             worker.arena.outside[: len(searched)] = paged_lse
-            worker.client.post(layer, plan.decode_rows, plan.probe)
+            worker.post(layer, plan)
         streamed = {item.row: item for item in plan.prefill} if plan is not None else {}
         for row, first, last in spans:
             if last - first > 1:
@@ -119,7 +119,7 @@ class CpuLayer:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: "RetrievalMetadata",
-        streamed: "dict[int, PrefillRow]",
+        streamed: "dict[int, HostRow]",
     ) -> torch.Tensor:
         """Exact attention of one chunk: (n, heads, d) float32. ``span``: its row and batch tokens."""
         row, first, last = span
@@ -151,7 +151,7 @@ class CpuLayer:
         worker: "RetrievalWorker",
         layer: int,
         q: torch.Tensor,
-        item: "PrefillRow",
+        item: "HostRow",
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,6 +177,7 @@ class CpuLayer:
     ) -> None:
         found, found_lse = torch.empty_like(paged), torch.empty_like(paged_lse)
         if not worker.collect(plan, found.numpy(), found_lse.numpy()):
+            self._attend_here(worker, layer, plan, paged, paged_lse, output)
             return
         if worker.sampler is not None and worker.sampler.active:
             worker.sampler.record(
@@ -184,3 +185,18 @@ class CpuLayer:
             )
         merged, _ = merge_partials(paged, paged_lse, found, found_lse)
         output[torch.from_numpy(plan.decode_tokens)] = merged.to(output.dtype)
+
+    def _attend_here(
+        self,
+        worker: "RetrievalWorker",
+        layer: int,
+        plan: "StepPlan",
+        paged: torch.Tensor,
+        paged_lse: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """What the workers should have done, over all host tokens of the rows."""
+        for number, item in enumerate(plan.decode_hosts):
+            q, mine = worker.arena.queries[number : number + 1], slice(number, number + 1)
+            out, _ = self._stream(worker, layer, q, item, paged[mine], paged_lse[mine])
+            output[item.first] = out[0].to(output.dtype)

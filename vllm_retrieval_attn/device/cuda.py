@@ -41,6 +41,17 @@ class Encoded:
 
 
 @dataclass
+class HostTables:
+    """What rows with one query attend to on the host: page table (rows, pages) int32, tokens (rows,) int32 and at most,
+    and starts (rows + 1,) int32 of their queries."""
+
+    table: torch.Tensor
+    lens: torch.Tensor
+    longest: int
+    starts: torch.Tensor
+
+
+@dataclass
 class DevicePlan:
     """The index arrays of a StepPlan on the GPU."""
 
@@ -49,6 +60,7 @@ class DevicePlan:
     decode_tokens: torch.Tensor
     sketch_tokens: torch.Tensor
     encoded: list[Encoded]
+    hosts: "HostTables | None" = None
 
 
 def memory_for(layout: Layout, device: torch.device) -> ManagedMemory | None:
@@ -75,7 +87,8 @@ class CudaHost:
     ) -> None:
         lay = arena.layout
         self._layout: Layout = lay
-        self._memory = memory
+        self._memory, self._pages = memory, arena.pages
+        self._seen: torch.Tensor | None = None
         self.arena_address = int(arena.views.pages.ctypes.data)
         self.pinner = Pinner(int(arena.views.words.ctypes.data) - lay.parts["words"][0], lay)
         if sketch is not None:
@@ -112,6 +125,36 @@ class CudaHost:
                 sent(plan.mirror_tokens), sent(targets), sent(plan.decode_tokens), sent(tokens), encoded
             )
         return plan.device
+
+    def hosts(self, plan: "StepPlan") -> HostTables:
+        """Where the decode rows that the CPU workers should have served lie on the host; made once a step."""
+        device_plan = self.plan(plan)
+        if device_plan.hosts is None:
+            rows = plan.decode_hosts
+            tokens = [row.host_tokens for row in rows]
+            counts = [self._layout.page_tokens_owned(count) for count in tokens]
+            table = np.zeros((len(rows), max(counts)), np.int32)
+            for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                table[number, :count] = row.store.pages[:count]
+            lens, starts = np.array(tokens, np.int32), np.arange(len(rows) + 1, dtype=np.int32)
+            sent = (
+                torch.from_numpy(part).pin_memory().to(self.device, non_blocking=True) for part in (table, lens, starts)
+            )
+            found = list(sent)
+            device_plan.hosts = HostTables(found[0], found[1], max(tokens), found[2])
+        return device_plan.hosts
+
+    def host_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer in host memory, as the GPU sees them: (pages, page_tokens, kv_heads, d)."""
+        if self._seen is None:
+            cpu = self._pages
+            strides = tuple(stride * cpu.element_size() for stride in cpu.stride())
+            view = {"shape": tuple(cpu.shape), "strides": strides, "typestr": "<i2", "version": 3}
+            place = {**view, "data": (cpu.data_ptr(), False)}
+            pages: Any = type("Pages", (), {"__cuda_array_interface__": place})()
+            self._seen = torch.as_tensor(pages, device=self.device).view(cpu.dtype)
+        keys, values = self._seen[:, layer].unbind(3)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def fence_mirror(self) -> None:
         """Nothing later on the main stream may overwrite pages before their copy is done."""
@@ -243,7 +286,7 @@ class CudaLayer:
         if chosen:
             self._attend_chosen(worker, layer, plan, (query, key, value), output, lse)
         if search:
-            self._collect(worker, layer, plan, output, lse)
+            self._collect(worker, layer, plan, query, output, lse)
 
     def _attend_chosen(
         self,
@@ -299,18 +342,21 @@ class CudaLayer:
     ) -> None:
         """Send queries and the paged part's LSE to host memory, and the message once they are there."""
         host, decoding = worker.cuda, len(plan.decode_tokens)
+        if plan.attends_here:
+            return
         tokens = host.plan(plan).decode_tokens
         worker.arena.queries[:decoding].copy_(query.index_select(0, tokens), non_blocking=True)
         worker.arena.outside[:decoding].copy_(lse.index_select(1, tokens).T, non_blocking=True)
         host.queries_out.record()
         host.queries_out.synchronize()
-        worker.client.post(layer, plan.decode_rows, plan.probe)
+        worker.post(layer, plan)
 
     def _collect(
         self,
         worker: "RetrievalWorker",
         layer: int,
         plan: "StepPlan",
+        query: torch.Tensor,
         output: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
@@ -318,12 +364,43 @@ class CudaLayer:
         host, decoding = worker.cuda, len(plan.decode_tokens)
         found, found_lse = host.found[:decoding], host.found_lse[:decoding]
         if not worker.collect(plan, found.numpy(), found_lse.numpy()):
+            self._attend_here(worker, layer, plan, query, output, lse)
             return
         if worker.sampler is not None and worker.sampler.active:
             self._record(worker, layer, plan, output, lse)
         more = found.to(host.device, non_blocking=True)
         more_lse = found_lse.to(host.device, non_blocking=True)
         merge_in_place(output, lse, more, more_lse.T, host.plan(plan).decode_tokens)
+
+    def _attend_here(
+        self,
+        worker: "RetrievalWorker",
+        layer: int,
+        plan: "StepPlan",
+        query: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """What the workers should have done, over all host tokens of the rows: FlashAttention reads them over the link,
+        where they lie."""
+        host = worker.cuda
+        tokens, hosts = host.plan(plan).decode_tokens, host.hosts(plan)
+        keys, values = host.host_rows(layer)
+        part, part_lse = flash_attn_varlen_func(
+            q=query.index_select(0, tokens),
+            k=keys,
+            v=values,
+            cu_seqlens_q=hosts.starts,
+            max_seqlen_q=1,
+            seqused_k=hosts.lens,
+            max_seqlen_k=hosts.longest,
+            softmax_scale=self._scale,
+            causal=False,
+            block_table=hosts.table,
+            return_softmax_lse=True,
+            fa_version=self._version,
+        )
+        merge_in_place(output, lse, part, part_lse, tokens)
 
     def _record(
         self, worker: "RetrievalWorker", layer: int, plan: "StepPlan", output: torch.Tensor, lse: torch.Tensor

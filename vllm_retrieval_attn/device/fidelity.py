@@ -141,6 +141,10 @@ class DecodeSampler:
             self._waiting = True
         self._probed = None
 
+    def cancel(self) -> None:
+        """The step at hand is not what it should be; look at another one."""
+        self._probed = None
+
     def forget(self, slot: int) -> None:
         """A page table changes hands; what a probe reads through it no longer counts."""
         if int(self._views.probe_numbers[PROBE_ROW + ROW_TABLE]) == slot:

@@ -20,8 +20,8 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
-class PrefillRow:
-    """A row of several queries that also attends to host tokens ``[0, host_tokens)`` of its store."""
+class HostRow:
+    """A row that also attends to host tokens ``[0, host_tokens)`` of its store, exactly."""
 
     row: int
     first: int
@@ -38,12 +38,13 @@ class StepPlan:
         mirror_tokens, mirror_pages, mirror_offsets: batch tokens to copy to the arena and where to.
         decode_tokens: (D,) batch tokens of rows with one query that attend to the host.
         decode_rows: (D, ROW_FIELDS) int64, their message (see store/layout.py).
-        decode_ids: their requests.
+        decode_ids: their requests. decode_hosts: what they attend to.
+        attends_here: the workers are late or gone, so the engine attends to it itself.
         prefill: rows to stream back from the arena.
         longest: first and last token of the row with most queries; what a space may be learned from.
         growth: host tokens of each request that may be indexed once what was written before this step has arrived.
         rows_read: (D,) int64, summed over layers and KV heads. searches: how many of those were summed.
-        failed: requests of this step whose search failed; the workers are gone if those are all.
+        failed: requests of this step whose search failed.
         probe: row of the message to compare with exact attention, -1: none.
         sketch: what the sketch on the GPU has to do; None where there is none.
         device: the CUDA layer's copy of the index arrays; None on CPU. stream: how its prefill rows are streamed.
@@ -55,7 +56,9 @@ class StepPlan:
     decode_tokens: Ints = field(default_factory=no_tokens)
     decode_rows: Ints = field(default_factory=no_tokens)
     decode_ids: list[str] = field(default_factory=list)
-    prefill: list[PrefillRow] = field(default_factory=list)
+    decode_hosts: list[HostRow] = field(default_factory=list)
+    attends_here: bool = False
+    prefill: list[HostRow] = field(default_factory=list)
     longest: tuple[int, int] = (0, 0)
     growth: list[tuple["RequestStore", int]] = field(default_factory=list)
     rows_read: Ints = field(default_factory=no_tokens)
@@ -130,7 +133,7 @@ def make_plan(
         if host_tokens <= 0:
             continue
         if length > 1:
-            plan.prefill.append(PrefillRow(row, start, start + length, store, host_tokens))
+            plan.prefill.append(HostRow(row, start, start + length, store, host_tokens))
         how = options(request_id)
         if sketch is not None and store.sketched and not how.exact:
             if length == 1:
@@ -145,6 +148,7 @@ def make_plan(
             decode_rows.append(numbers)
             decode_tokens.append(start)
             plan.decode_ids.append(request_id)
+            plan.decode_hosts.append(HostRow(row, start, start + 1, store, host_tokens))
     if mirrored:
         plan.mirror_tokens, plan.mirror_pages, plan.mirror_offsets = stacked(mirrored)
     if coded and sketch is not None:

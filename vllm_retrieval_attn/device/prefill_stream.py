@@ -16,7 +16,7 @@ from vllm_retrieval_attn.store.layout import Layout
 
 if TYPE_CHECKING:
     from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
-    from vllm_retrieval_attn.device.plan import PrefillRow
+    from vllm_retrieval_attn.device.plan import HostRow
 
 STAGE_BYTES = 256 << 20
 """Both buffers together: the fewer the pieces, the less is spent on merging them."""
@@ -62,7 +62,7 @@ class PrefillStream:
         stage: the buffers. rows: of the step that have host tokens, in the order in which every layer asks for them.
     """
 
-    def __init__(self, stage: Stage, rows: "list[PrefillRow]") -> None:
+    def __init__(self, stage: Stage, rows: "list[HostRow]") -> None:
         self._stage = stage
         layers, page_tokens = stage.arena.shape[1], stage.arena.shape[3]
         pieces: list[tuple[list[int], int]] = []

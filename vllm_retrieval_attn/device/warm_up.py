@@ -7,7 +7,7 @@ import torch
 
 from vllm_retrieval_attn.device import cuda_kernels
 from vllm_retrieval_attn.device.learning import SpaceLearner
-from vllm_retrieval_attn.device.plan import PrefillRow
+from vllm_retrieval_attn.device.plan import HostRow
 from vllm_retrieval_attn.store.requests import RequestStore
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def warm_up(worker: "RetrievalWorker", layer: "CudaLayer", cache: torch.Tensor, 
     cuda_kernels.mirror(cache, one, one, one, host.arena_address, lay.head_elements)
     query = torch.zeros(tokens, heads, dim, dtype=cache.dtype, device=device)
     key = query[:, :kv_heads].contiguous()
-    plan: Any = SimpleNamespace(
-        prefill=[PrefillRow(0, 0, tokens, RequestStore("", 0, 0, 0, pages=[0]), 1)], stream=None
-    )
+    plan: Any = SimpleNamespace(prefill=[HostRow(0, 0, tokens, RequestStore("", 0, 0, 0, pages=[0]), 1)], stream=None)
     lse = torch.zeros(heads, tokens, dtype=torch.float32, device=device)
     layer.attend_streamed(worker, plan, 0, query, torch.zeros_like(query), lse)
     if worker.sketch is not None:

@@ -4,6 +4,7 @@ vLLM makes one object in EngineCore (scheduler half) and one in each worker (wor
 themselves move inside the attention layer, not through the connector's layer hooks.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._cached: dict[str, int] = {}
         self._read: dict[str, tuple[int, int]] = {}
         self._sketched: set[str] = set()
+        self._degraded: Counter[str] = Counter()
         self.filled = False
         """Whether prompts of requests that may need the host count as computed (bench/fill.py)."""
         if role == KVConnectorRole.WORKER:
@@ -142,6 +144,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             self._read[request_id] = sums[0] + rows, sums[1] + searches
             if request_id in report.sketched:
                 self._sketched.add(request_id)
+            self._degraded[request_id] += request_id in report.degraded
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -159,6 +162,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             "cached_tokens": self._cached.pop(request.request_id, 0),
             "path": "paged",
             "rows_read": 0,
+            "degraded_steps": self._degraded.pop(request.request_id, 0),
         }
         rows, searches = self._read.pop(request.request_id, (0, 0))
         options = self._requested.pop(request.request_id, None)

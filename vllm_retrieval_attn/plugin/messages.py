@@ -33,11 +33,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
         failed: requests whose host attention could not be computed this step.
         read: request id -> rows read in this step, summed over layers and KV heads, and how many of those.
         sketched: those of ``read`` whose rows were chosen on the GPU.
+        degraded: requests for which the engine attended to the host itself, as the CPU workers were late or gone.
     """
 
     failed: set[str] = field(default_factory=set)
     read: dict[str, tuple[int, int]] = field(default_factory=dict)
     sketched: set[str] = field(default_factory=set)
+    degraded: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
         assert isinstance(other, WorkerReport)
@@ -45,4 +47,6 @@ class WorkerReport(KVConnectorWorkerMetadata):
         for request_id, (rows, searches) in other.read.items():
             mine = read.get(request_id, (0, 0))
             read[request_id] = mine[0] + rows, mine[1] + searches
-        return WorkerReport(self.failed | other.failed, read, self.sketched | other.sketched)
+        return WorkerReport(
+            self.failed | other.failed, read, self.sketched | other.sketched, self.degraded | other.degraded
+        )

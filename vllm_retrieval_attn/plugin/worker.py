@@ -20,10 +20,10 @@ from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.sketch.space import LEARNED
 from vllm_retrieval_attn.store.arena import Arena
-from vllm_retrieval_attn.store.layout import Layout
+from vllm_retrieval_attn.store.layout import ROW_TOKENS, Layout
 from vllm_retrieval_attn.store.space_file import space_path
-from vllm_retrieval_attn.workers.client import RingClient, WorkersUnavailable
-from vllm_retrieval_attn.workers.pool import ActorPool
+from vllm_retrieval_attn.workers.client import RingClient, WorkersLate
+from vllm_retrieval_attn.workers.pool import WorkerPool
 from vllm_retrieval_attn.workers.sync import check_platform
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.store.requests import RequestStore
 
 logger = logging.getLogger("vllm.retrieval")
+
+_TELL_EVERY_S = 10.0
 
 _current: "RetrievalWorker | None" = None
 
@@ -67,6 +69,7 @@ class RetrievalWorker:
     Attributes:
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
+        degraded_steps: steps in which the engine did what the CPU workers should have done.
         graph_steps: steps that replayed one graph. paged_steps: those of them without kernels for the host.
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
         attends: whether any of its rows may attend to the host. paged: its graph has no kernels for that.
@@ -86,6 +89,9 @@ class RetrievalWorker:
         self._plan: StepPlan | None = None
         self._failed: set[str] = set()
         self._read: dict[str, tuple[int, int]] = {}
+        self._degraded: set[str] = set()
+        self._told_degraded = -_TELL_EVERY_S
+        self.degraded_steps = 0
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.hosted = config.index != "none"
@@ -127,10 +133,12 @@ class RetrievalWorker:
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
             path = space_path(model_identity(vllm_config), rank, config.ranks)
             self.space = ModelSpace(path, self.arena, self.sketch, config.sink_end)
-        self.client = RingClient(layout, self.arena.views, config.spin_ns, lambda since: self.pool.revive(since))
+        self.client = RingClient(
+            layout, self.arena.views, config.spin_ns, config.answer_timeout_s, lambda: self.pool.alive()
+        )
         begin = time.monotonic()
         try:
-            self.pool = ActorPool(config, layout, self.arena.views, self.arena.file.path, layer.impl.scale)
+            self.pool = WorkerPool(config, layout, self.arena.views, self.arena.file.path, layer.impl.scale)
         except BaseException:
             self.arena.close()
             raise
@@ -256,8 +264,8 @@ class RetrievalWorker:
                 self.space.begin(metadata, plan)
             if self.sampler is not None:
                 self.sampler.begin(plan)
-            if plan.searched and not self.pool.available():
-                self._fail(plan, plan.decode_ids, WorkersUnavailable("CPU workers are not back yet"))
+            if plan.searched and not (self.pool.alive() and self.client.idle()):
+                self._attend_here(plan, "CPU workers are gone, or still at an earlier message")
         return metadata.plan
 
     def _options_of(self, request_id: str) -> SearchOptions:
@@ -271,13 +279,23 @@ class RetrievalWorker:
         if strangers:
             raise RuntimeError(f"retrieval: batch rows {strangers} are not in the scheduler's message")
 
+    def post(self, layer: int, plan: StepPlan) -> None:
+        """Send a layer's message, unless the engine does the workers' part in this step."""
+        if not plan.attends_here:
+            self.client.post(layer, plan.decode_rows, plan.probe)
+
     def collect(self, plan: StepPlan, found: Any, found_lse: Any) -> bool:
-        """Wait for the answer to a layer's message; arguments as RingClient.collect's. False: there is none."""
-        try:
-            failed = self.client.collect(found, found_lse)
-        except WorkersUnavailable as error:
-            self.client.abandon()
-            self._fail(plan, plan.decode_ids, error)
+        """Wait for the answer to a layer's message; arguments as RingClient.collect's. False: there is none, in this
+        layer and all that follow in this step."""
+        if not plan.attends_here:
+            try:
+                failed = self.client.collect(found, found_lse)
+            except WorkersLate as error:
+                self._attend_here(plan, str(error))
+        if plan.attends_here:
+            heads = self.arena.layout.kv_heads
+            plan.rows_read += heads * plan.decode_rows[:, ROW_TOKENS]
+            plan.searches += heads
             return False
         read = self.arena.views.read[: len(found)]
         plan.rows_read += read.sum(1)
@@ -285,6 +303,21 @@ class RetrievalWorker:
         if len(failed):
             self._fail(plan, [plan.decode_ids[row] for row in failed], RuntimeError("see the CPU workers' log"))
         return True
+
+    def _attend_here(self, plan: StepPlan, why: str) -> None:
+        """The engine attends to the host in this step, exactly, from this layer on."""
+        plan.attends_here = True
+        self.degraded_steps += 1
+        self._degraded.update(plan.decode_ids)
+        if self.sampler is not None:
+            self.sampler.cancel()
+        now = time.monotonic()
+        if now - self._told_degraded > _TELL_EVERY_S:
+            self._told_degraded = now
+            logger.warning(
+                "retrieval: %s: the engine attends to host memory itself, exactly (step %d of this kind)",
+                why, self.degraded_steps,
+            )  # fmt: skip
 
     def _fail(self, plan: StepPlan, request_ids: list[str], error: Exception) -> None:
         """The search of these requests can not be done: they end with an error, others go on."""
@@ -295,11 +328,11 @@ class RetrievalWorker:
 
     def report(self) -> WorkerReport | None:
         """What the scheduler is to know of this step."""
-        report = WorkerReport(self._failed, self._read)
+        report = WorkerReport(self._failed, self._read, degraded=self._degraded)
         if self.sketch is not None:
             counts = self.sketch.take_counts()
             report = report.aggregate(WorkerReport(set(), counts, set(counts)))
-        self._failed, self._read = set(), {}
+        self._failed, self._read, self._degraded = set(), {}, set()
         return report if report.failed or report.read else None
 
     def fence_mirror(self) -> None:
@@ -363,6 +396,8 @@ class RetrievalWorker:
                 "index_bytes": self.arena.indexed_tokens * self.config.index_bytes_per_token,
                 "requests": len(self.arena.requests),
                 "restarts": self.pool.restarts,
+                "gave_up": self.pool.gave_up,
+                "degraded_steps": self.degraded_steps,
                 "actor_pids": self.pool.pids(),
                 "path": self.arena.file.path,
                 "space": "learned" if self.arena.space == LEARNED else "rotation",

@@ -14,9 +14,10 @@ from vllm_retrieval_attn.store.layout import (
     WORD_GROWTH,
     Layout,
 )
+from vllm_retrieval_attn.store.page_tensor import page_tensor
 from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
-from vllm_retrieval_attn.store.views import Array, Views, page_tensor
+from vllm_retrieval_attn.store.views import Array, Views
 
 logger = logging.getLogger("vllm.retrieval")
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vllm_retrieval_attn.sketch.space import Space
 from vllm_retrieval_attn.store.layout import (
@@ -25,6 +24,18 @@ from vllm_retrieval_attn.store.layout import (
 Array = npt.NDArray[Any]
 
 
+def polled_words(layout: Layout, memory: Any) -> Array:
+    """(words,) int32 polled words of the file ``memory``, strided to one a cache line."""
+    offset, size = layout.parts["words"]
+    words: Array = np.frombuffer(memory, np.int32, size // 4, offset)[:: LINE // 4]
+    return words
+
+
+def actor_word(actor: int, which: int = ACTOR_PID) -> int:
+    """Index into the words of an actor's word; ACTOR_PID is 0 while it is not attached."""
+    return FIXED_WORDS + actor * ACTOR_WORDS + which
+
+
 class Views:
     """Arrays over one rank's shared file.
 
@@ -40,7 +51,7 @@ class Views:
         probe_numbers: (probe_numbers,) int64. fidelity: (actors, layers, FIDELITY_FIELDS) float64.
         probe: (layers, heads, probe_floats) float32. chosen: (layers, kv_heads, 1 + most_chosen) int32: how many rows
             the probed step read of those that are searched through the index, and which.
-        pages: all pages as bytes, see :func:`page_tensor`; empty in a process that can not map them.
+        pages: all pages as bytes, see store/page_tensor.py; empty in a process that can not map them.
 
     Args:
         layout: of the file. memory: the file. pages: the pages, where they do not lie in the file but in this process.
@@ -50,7 +61,7 @@ class Views:
         self._layout = layout
         self._raw: Array = np.frombuffer(memory, np.uint8)
         lay = layout
-        self.words: Array = self._part("words", np.int32)[:: LINE // 4]
+        self.words: Array = polled_words(layout, memory)
         self.tables: Array = self._part("tables", np.int64).reshape(lay.max_rows, lay.table_pages)
         self.slots: Array = self._part("slots", np.int64).reshape(lay.max_rows, SLOT_FIELDS)
         numbers = self._part("numbers", np.int64)
@@ -84,7 +95,7 @@ class Views:
 
     def actor_word(self, actor: int, which: int = ACTOR_PID) -> int:
         """Index into ``words`` of an actor's word; ACTOR_PID is 0 while it is not attached."""
-        return FIXED_WORDS + actor * ACTOR_WORDS + which
+        return actor_word(actor, which)
 
     def probing(self) -> bool:
         """Whether a probe has been handed over that not all actors are done with."""
@@ -101,10 +112,3 @@ class Views:
         """Write a learned space of all layers' KV heads, (layers * kv_heads) of them in order."""
         parts = [part.reshape(space.heads, -1) for part in (space.mean, space.keys, space.queries)]
         self.spaces[:] = np.concatenate(parts, axis=1).reshape(self.spaces.shape)
-
-
-def page_tensor(layout: Layout, views: Views, dtype: torch.dtype) -> torch.Tensor:
-    """The pages as (pages, layers, kv_heads, page_tokens, 2, d) of their own type, however they lie."""
-    lay = layout
-    shape = (lay.layers, lay.pages, lay.kv_heads, lay.page_tokens, 2, lay.dim)
-    return torch.from_numpy(views.pages).view(dtype).view(shape).transpose(0, 1)

@@ -1,15 +1,13 @@
-"""The Ray actor: a process that maps the arena and searches one share of the KV heads.
+"""What a Ray actor does (workers/supervisor.py): maps the arena and searches one share of the KV heads.
 
-Ray starts it, places it and notices its end; no call of Ray is made while it serves.
+No call of Ray is made while it serves.
 """
 
 import os
-from dataclasses import dataclass
 
 from threadpoolctl import ThreadpoolController
 
 from vllm_retrieval_attn.index.elsewhere import check_readable
-from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.desk import Desk
@@ -17,25 +15,7 @@ from vllm_retrieval_attn.workers.grower import Grower
 from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.lane import LEADER, Lane
 from vllm_retrieval_attn.workers.prober import Prober
-
-
-@dataclass(frozen=True)
-class ActorSetup:
-    """What an actor is told at its start.
-
-    Attributes:
-        path: shared file of the rank. layout: its shape.
-        scale: softmax scale. candidates: best keys that a search returns for each query head.
-        spin_ns: see workers/lane.py. cpus: CPU numbers to run on; a vLLM CPU worker may have bound itself, and so its
-            children.
-    """
-
-    path: str
-    layout: Layout
-    scale: float
-    candidates: int
-    spin_ns: int
-    cpus: list[int]
+from vllm_retrieval_attn.workers.supervisor import ActorSetup
 
 
 class SearchActor:
@@ -66,7 +46,3 @@ class SearchActor:
             self._prober.start()
         # Last, since the client takes the process for attached from here on.
         views.words[views.actor_word(actor)] = os.getpid()
-
-    def pid(self) -> int:
-        """Process id; the call returns once the actor is attached."""
-        return os.getpid()

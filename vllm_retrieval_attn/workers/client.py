@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.store.layout import (
+    ACTOR_DONE,
     MSG_LAYER,
     MSG_PROBE,
     MSG_ROWS,
@@ -22,12 +23,12 @@ from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.desk import FAILED
 from vllm_retrieval_attn.workers.signals import await_actors, raise_seq
 
-_SLICE_NS = 100_000_000
+_SLICE_NS = 20_000_000
 """How long to wait for an answer before looking whether the actors still live."""
 
 
-class WorkersUnavailable(RuntimeError):
-    """The CPU workers did not answer and could not be brought back."""
+class WorkersLate(RuntimeError):
+    """The CPU workers are gone, or did not answer in time."""
 
 
 class RingClient:
@@ -35,15 +36,13 @@ class RingClient:
 
     Args:
         layout, views: the shared file of the rank.
-        spin_ns: how long to yield before sleeping.
-        revive: called about every 100 ms of waiting, with the monotonic time since when an answer is
-            awaited; brings dead actors back and returns the time from which to count on, or raises
-            WorkersUnavailable.
+        spin_ns: how long to yield before sleeping. limit_s: how long to wait for an answer.
+        alive: asked every 20 ms of waiting whether the actors live.
     """
 
-    def __init__(self, layout: Layout, views: Views, spin_ns: int, revive: Callable[[float], float]) -> None:
+    def __init__(self, layout: Layout, views: Views, spin_ns: int, limit_s: float, alive: Callable[[], bool]) -> None:
         self._layout, self._views = layout, views
-        self._spin_ns, self._revive = spin_ns, revive
+        self._spin_ns, self._limit_s, self._alive = spin_ns, limit_s, alive
         self._timeout = np.array((0, 20_000_000), np.int64)
         self._seq = int(views.words[WORD_SEQ])
         self._address = views.words.ctypes.data
@@ -54,12 +53,20 @@ class RingClient:
         Args:
             layer: index of the layer within the arena.
             rows: (n, ROW_FIELDS) int64, see store/layout.py. probe: number of the row whose choice is to be kept.
+
+        Raises:
+            WorkersLate: they are still at an earlier message, which would write into the answer to this one.
         """
+        if not self.idle():
+            raise WorkersLate("CPU workers are still at an earlier message")
         views = self._views
         views.header[MSG_LAYER], views.header[MSG_ROWS], views.header[MSG_PROBE] = layer, len(rows), probe
         views.rows[: len(rows)] = rows
+        self._raise()
+
+    def _raise(self) -> None:
         self._seq = self._seq % 0x3FFFFFFF + 1
-        raise_seq(views.words, self._address, self._layout.actors, self._seq)
+        raise_seq(self._views.words, self._address, self._layout.actors, self._seq)
 
     def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         """Wait for the answer to the last :meth:`post`.
@@ -71,12 +78,17 @@ class RingClient:
             Rows whose search failed; what is written for them means nothing.
 
         Raises:
-            WorkersUnavailable: from ``revive``.
+            WorkersLate: there is none. Actors that come back find an empty message.
         """
         lay, views = self._layout, self._views
-        since = time.monotonic()
-        while await_actors(views.words, self._address, lay.actors, self._seq, self._spin_ns, _SLICE_NS, self._timeout):
-            since = self._revive(since)
+        deadline = time.monotonic() + self._limit_s
+        slice_ns = min(_SLICE_NS, int(self._limit_s * 1e9))
+        while await_actors(views.words, self._address, lay.actors, self._seq, self._spin_ns, slice_ns, self._timeout):
+            late = time.monotonic() > deadline
+            if late or not self._alive():
+                views.header[MSG_ROWS] = 0
+                why = f"have not answered for {self._limit_s:g} s" if late else "are gone"
+                raise WorkersLate(f"CPU workers {why}")
         rows = len(out)
         partials = views.partials[:rows]
         out[:] = partials[..., : lay.group * lay.dim].reshape(rows, lay.heads, lay.dim)
@@ -84,9 +96,10 @@ class RingClient:
         failed: npt.NDArray[np.int64] = np.flatnonzero((lse == FAILED).any(1))
         return failed
 
-    def abandon(self) -> None:
-        """Forget the last message, so that lanes that come back later do not serve it."""
-        self._views.header[MSG_ROWS] = 0
+    def idle(self) -> bool:
+        """Whether every actor is done with the last message, also if nobody waits for it any more."""
+        words, views = self._views.words, self._views
+        return all(int(words[views.actor_word(a, ACTOR_DONE)]) == self._seq for a in range(self._layout.actors))
 
     def search_stats(self) -> tuple[float, int, int]:
         """Seconds of the slowest actor, keys scored by code, and rows read, of the last message."""
@@ -94,6 +107,7 @@ class RingClient:
         return float(stats[:, STAT_NS].max()) * 1e-9, int(stats[:, STAT_CODES].sum()), int(stats[:, STAT_ROWS].sum())
 
     def stop(self) -> None:
-        """Tell every lane to leave its loop."""
+        """Tell every lane to leave its loop, and wake those that sleep."""
         self._views.words[WORD_STOP] = 1
-        self.post(0, self._views.rows[:0])
+        self._views.header[MSG_ROWS] = 0
+        self._raise()

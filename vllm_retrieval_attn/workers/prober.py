@@ -2,13 +2,14 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vllm_retrieval_attn.index.elsewhere import read_bytes
-from vllm_retrieval_attn.index.rows import BFLOAT16, FLOAT16
+from vllm_retrieval_attn.index.rows import load, memory_of
 from vllm_retrieval_attn.store.layout import (
     ACTOR_PROBES,
     FIDELITY_FIELDS,
@@ -43,11 +44,9 @@ class Prober(threading.Thread):
         super().__init__(name=f"retrieval-prober-{actor}", daemon=True)
         self._layout, self._views, self._actor, self._scale = layout, views, actor, scale
         self._indexes = indexes
-        self._dtype = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}.get(layout.dtype_code, torch.float32)
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        torch.set_num_threads(1)
         be_nice()
         words = self._views.words
         done = self._views.actor_word(self._actor, ACTOR_PROBES)
@@ -90,30 +89,41 @@ class Prober(threading.Thread):
         table = self._views.tables[int(row[ROW_TABLE]), : lay.page_tokens_owned(tokens)].copy()
         if len(table) == 0 or table.min() < 0 or table.max() >= lay.pages:
             return (0.0,) * FIDELITY_FIELDS  # the request ended
-        keys, values = self._rows(layer, head, table)[:tokens].float().unbind(1)
-        probe = torch.from_numpy(self._views.probe[layer, head * lay.group : (head + 1) * lay.group].copy())
-        queries, found, paged = probe[:, : 3 * lay.dim].view(lay.group, 3, lay.dim).unbind(1)
-        found_lse, paged_lse = probe[:, 3 * lay.dim :].unbind(1)
-        scores = queries @ keys.T * self._scale
-        lse = scores.logsumexp(1)
-        weights = (scores - lse[:, None]).exp()
-        exact = _merged(weights @ values, lse, paged, paged_lse)
-        error = (_merged(found, found_lse, paged, paged_lse) - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-20)
-        bias = torch.logaddexp(found_lse, paged_lse) - torch.logaddexp(lse, paged_lse)
-        read = torch.from_numpy(self._read(layer, head, row))
-        best = scores.topk(min(RECALL_AT, tokens), dim=1).indices
-        recall = read[best].float().mean(1)
+        probe = self._views.probe[layer, head * lay.group : (head + 1) * lay.group]
+        queries, found, paged = np.moveaxis(probe[:, : 3 * lay.dim].reshape(lay.group, 3, lay.dim), 1, 0)
+        found_lse, paged_lse = probe[:, 3 * lay.dim :].T
+        scores = np.empty((lay.group, tokens), np.float32)
+        for first, rows in self._rows(layer, head, table, tokens):
+            scores[:, first : first + len(rows)] = queries @ rows[:, 0].T * np.float32(self._scale)
+        lse = np.logaddexp.reduce(scores, axis=1, dtype=np.float64)
+        weights = np.exp(scores - lse[:, None]).astype(np.float32)
+        out = np.zeros((lay.group, lay.dim), np.float32)
+        for first, rows in self._rows(layer, head, table, tokens):
+            out += weights[:, first : first + len(rows)] @ rows[:, 1]
+        exact = _merged(out, lse, paged, paged_lse)
+        difference = _merged(found, found_lse, paged, paged_lse) - exact
+        error = np.linalg.norm(difference, axis=1) / np.maximum(np.linalg.norm(exact, axis=1), 1e-20)
+        bias = np.logaddexp(found_lse, paged_lse) - np.logaddexp(lse, paged_lse)
+        read = self._read(layer, head, row)
+        few = min(RECALL_AT, tokens)
+        best = np.argpartition(scores, tokens - few, axis=1)[:, tokens - few :]
+        recall = read[best].mean(1)
         mass = (weights * read).sum(1)
         return float(lay.group), *(float(part.sum()) for part in (recall, mass, error, bias))
 
-    def _rows(self, layer: int, head: int, table: npt.NDArray[np.int64]) -> torch.Tensor:
-        """(tokens of all these pages, 2, d) of a KV head."""
+    def _rows(
+        self, layer: int, head: int, table: npt.NDArray[np.int64], tokens: int
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """First token and rows (n, 2, d) of each page of a KV head."""
         lay = self._layout
-        rows = torch.empty(len(table), lay.head_elements, dtype=self._dtype)
-        for page, out in zip(table.tolist(), rows.view(torch.uint8).numpy(), strict=True):
-            start = page * lay.page_elements + self._indexes.row_base(layer, head)
-            read_bytes(self._indexes.source, start, out)
-        return rows.view(-1, 2, lay.dim)
+        raw = np.empty(lay.head_elements * lay.itemsize, np.uint8)
+        rows = np.empty(lay.head_elements, np.float32)
+        memory = memory_of(raw, lay.dtype_code)
+        for number, page in enumerate(table.tolist()):
+            read_bytes(self._indexes.source, page * lay.page_elements + self._indexes.row_base(layer, head), raw)
+            load(memory, 0, len(rows), rows)
+            first = number * lay.page_tokens
+            yield first, rows.reshape(-1, 2, lay.dim)[: tokens - first]
 
     def _read(self, layer: int, head: int, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(tokens,) which host tokens the step read: those chosen, and all beyond the index."""
@@ -126,7 +136,7 @@ class Prober(threading.Thread):
         return read
 
 
-def _merged(one: torch.Tensor, one_lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
+def _merged(one: Any, one_lse: Any, other: Any, other_lse: Any) -> Any:
     """Two partial results, (n, d) and (n,), merged by log-sum-exp."""
-    both = torch.logaddexp(one_lse, other_lse)
-    return one * (one_lse - both).exp()[:, None] + other * (other_lse - both).exp()[:, None]
+    both = np.logaddexp(one_lse, other_lse)
+    return one * np.exp(one_lse - both)[:, None] + other * np.exp(other_lse - both)[:, None]
