@@ -200,6 +200,22 @@ def await_workers(pool):
     pool._recent.clear()  # else there would be too many within a minute
 
 
+def test_what_runs_beside_the_engine_is_small_and_idle(engine):
+    pool = engine.worker().pool
+    await_workers(pool)
+    time.sleep(2)
+    supervisor = psutil.Process(pool.supervisor_pid)
+    beside = [supervisor, *supervisor.children(recursive=True)]
+    assert len(beside) <= 6, [process.name() for process in beside]
+    assert sum(process.memory_full_info().pss for process in beside) < 520e6
+    ours = [supervisor, *map(psutil.Process, pool.pids())]
+    before = [sum(process.cpu_times()[:2]) for process in ours]
+    time.sleep(5)
+    used = [sum(process.cpu_times()[:2]) - start for process, start in zip(ours, before, strict=True)]
+    print("idle CPU, supervisor and workers", used)
+    assert sum(used) < 0.02 * 5
+
+
 FAULTS = {
     "worker killed": lambda pool: os.kill(pool.pids()[0], signal.SIGKILL),
     "worker stopped": lambda pool: os.kill(pool.pids()[0], signal.SIGSTOP),

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 
 from vllm_retrieval_attn.store.layout import WORD_GROWTH, Layout
 from vllm_retrieval_attn.store.views import Views
@@ -14,7 +15,8 @@ from vllm_retrieval_attn.workers.indexes import Indexes, RequestGone
 
 logger = logging.getLogger("vllm.retrieval")
 
-_POLL_S = 0.02
+_POLL_S, _IDLE_POLL_S = 0.02, 0.25
+_IDLE_AFTER_S = 1.0
 _NICE = 15
 """Background threads give way to everything else on the machine."""
 
@@ -41,12 +43,12 @@ class Grower(threading.Thread):
 
     def run(self) -> None:
         be_nice()
-        seen = -1
-        while not self._stopping.wait(_POLL_S):
+        seen, changed = -1, time.monotonic()
+        while not self._stopping.wait(_POLL_S if time.monotonic() - changed < _IDLE_AFTER_S else _IDLE_POLL_S):
             growth = int(self._views.words[WORD_GROWTH])
             if growth == seen:
                 continue
-            seen = growth
+            seen, changed = growth, time.monotonic()
             if self._thread_number == 0:
                 self._indexes.drop_stale()
             try:

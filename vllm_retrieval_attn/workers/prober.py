@@ -28,7 +28,7 @@ from vllm_retrieval_attn.workers.sync import full_fence
 
 logger = logging.getLogger("vllm.retrieval")
 
-_POLL_S = 0.05
+_POLL_S = 0.2
 RECALL_AT = 100
 
 

@@ -26,7 +26,7 @@ from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.shared_file import SharedFile, process_start
 from vllm_retrieval_attn.store.views import actor_word, polled_words
 
-POLL_S, BEAT_S = 0.1, 1.0
+POLL_S, BEAT_S = 0.2, 1.0
 FIRST_WAIT_S, MOST_WAIT_S = 0.2, 10.0
 """Before an actor that died is started again: twice as long each time, anew once it has lived for a minute."""
 CALM_S = 60.0
