@@ -63,6 +63,15 @@ class DevicePlan:
     hosts: "HostTables | None" = None
 
 
+def on_gpu(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same memory, pinned or managed and of elements of two bytes, as a tensor of the GPU."""
+    strides = tuple(stride * host.element_size() for stride in host.stride())
+    view = {"shape": tuple(host.shape), "strides": strides, "typestr": "<i2", "version": 3}
+    place = {**view, "data": (host.data_ptr(), False)}
+    pages: Any = type("Pages", (), {"__cuda_array_interface__": place})()
+    return torch.as_tensor(pages, device=device).view(host.dtype)
+
+
 def memory_for(layout: Layout, device: torch.device) -> ManagedMemory | None:
     """Memory for pages whose rows the GPU reads; None where it had better read them from the shared file."""
     if not can_share(device.index):
@@ -147,12 +156,7 @@ class CudaHost:
     def host_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer in host memory, as the GPU sees them: (pages, page_tokens, kv_heads, d)."""
         if self._seen is None:
-            cpu = self._pages
-            strides = tuple(stride * cpu.element_size() for stride in cpu.stride())
-            view = {"shape": tuple(cpu.shape), "strides": strides, "typestr": "<i2", "version": 3}
-            place = {**view, "data": (cpu.data_ptr(), False)}
-            pages: Any = type("Pages", (), {"__cuda_array_interface__": place})()
-            self._seen = torch.as_tensor(pages, device=self.device).view(cpu.dtype)
+            self._seen = on_gpu(self._pages, self.device)
         keys, values = self._seen[:, layer].unbind(3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
