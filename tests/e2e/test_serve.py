@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import openai
@@ -98,6 +99,64 @@ def test_a_prompt_beyond_host_memory_is_a_400_and_the_server_goes_on(server):
     with pytest.raises(openai.BadRequestError, match="raise host_memory_gb"):
         server.client.completions.create(model="m", prompt=[ids], max_tokens=4)
     assert server.client.completions.create(model="m", prompt="Hello", max_tokens=4).choices[0].text
+
+
+def scraped(server):
+    """This backend's metrics: values by name and own labels."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30).read().decode()
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("vllm:retrieval_"):
+            name, _, rest = line.removeprefix("vllm:retrieval_").partition("{")
+            labels, _, value = rest.rpartition("} ")
+            own = [pair for pair in labels.split(",") if not pair.startswith(("engine=", "model_name="))]
+            found[",".join([name, *own])] = float(value)
+    return found
+
+
+def scraped_until(server, condition):
+    """Metrics once they fulfil a condition: they come with a step, and may take a moment."""
+    deadline = time.monotonic() + 60
+    while not condition(found := scraped(server)):
+        assert time.monotonic() < deadline, found
+        server.client.completions.create(model="m", prompt="Hello", max_tokens=2)
+        time.sleep(0.3)
+    return found
+
+
+def test_metrics_tell_what_happened_and_nothing_else(server):
+    (question,) = questions(AutoTokenizer.from_pretrained(str(smollm2())), 2500, 1)
+    before = scraped(server)
+    reply = server.client.completions.create(model="m", prompt=question.prompt, max_tokens=20, temperature=0)
+    held = reply.model_extra["kv_transfer_params"]["retrieval"]
+    count = "request_host_tokens_count"
+    after = scraped_until(server, lambda found: found[count] > before[count] and found["host_requests"] == 0)
+    steps = 'steps_total,path="faiss"'
+    decoded = reply.usage.completion_tokens - 1
+    assert after[steps] - before[steps] == decoded
+    rows = (after["rows_read_total"] - before["rows_read_total"]) / (30 * 3 * decoded)
+    assert rows == pytest.approx(held["rows_read"], rel=0.05)  # which is told before the last step is over
+    assert after["codes_scored_total"] - before["codes_scored_total"] > 30 * 3 * decoded * 1000
+    histogram = "request_host_tokens_bucket", 'le="1024.0"', 'le="4096.0"'
+    assert after[",".join(histogram[:2])] >= before[",".join(histogram[:2])]
+    assert after[f"{histogram[0]},{histogram[2]}"] > before[f"{histogram[0]},{histogram[2]}"]
+    assert after["healthy"] == after['workers,state="alive"'] == after['workers,state="wanted"'] == 1
+    assert after['arena_bytes,kind="used"'] == after["arena_usage_ratio"] == after["host_tokens"] == 0
+    assert 0.05e9 < after['arena_bytes,kind="capacity"'] < 0.12e9
+    for name in ('steps_total,path="degraded"', 'steps_total,path="sketch"', "worker_restarts_total"):
+        assert after[name] == before[name] == 0
+    assert after["requests_failed_total"] == 0
+    assert time.time() - after["sample_timestamp_seconds"] < 60
+    (info,) = (name for name in after if name.startswith("config_info"))
+    assert 'resident_tokens="1024"' in info
+
+
+def test_a_dead_worker_shows_in_the_metrics(server):
+    (worker,) = (
+        child for child in psutil.Process(server.process.pid).children(recursive=True) if "ray::Host" in child.name()
+    )
+    worker.kill()
+    scraped_until(server, lambda found: found["worker_restarts_total"] == 1 and found["healthy"] == 1)
 
 
 def test_a_clean_end_leaves_no_file(server):

@@ -84,7 +84,7 @@ def test_a_dead_supervisor_is_replaced_and_its_workers_with_it(made):
     pool._supervisor.kill()
     await_that(lambda: pool.supervisor_pid != supervisor and pool.alive())
     assert not set(before) & set(pool.pids())
-    assert not any(pool._lives(pid) for pid in before)
+    assert not any(pool.lives(pid) for pid in before)
     assert pool.restarts == 1
 
 
@@ -100,7 +100,7 @@ def test_a_silent_worker_is_ended(made):
     pool = made()
     pid = pool.pids()[1]
     pool._views.words[0] = 7  # a message that nobody answers
-    await_that(lambda: not pool._lives(pid))
+    await_that(lambda: not pool.lives(pid))
     assert pool._supervisor.poll() is None
 
 
@@ -123,4 +123,4 @@ def test_closing_ends_everything(made):
     pids = pool.pids()
     pool.close()
     assert pool._supervisor.poll() is not None
-    assert not any(pool._lives(pid) for pid in pids)
+    assert not any(pool.lives(pid) for pid in pids)

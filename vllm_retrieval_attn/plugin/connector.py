@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from vllm_retrieval_attn.core.ledger import HostLedger
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
@@ -23,6 +24,7 @@ from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+from vllm_retrieval_attn.plugin.stats import SCHEDULER, RetrievalMetrics, RetrievalStats
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +62,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._read: dict[str, tuple[int, int]] = {}
         self._sketched: set[str] = set()
         self._degraded: Counter[str] = Counter()
+        self._seen: dict[str, list[float]] = {}
         self.filled = False
         """Whether prompts of requests that may need the host count as computed (bench/fill.py)."""
         if role == KVConnectorRole.WORKER:
@@ -170,12 +173,33 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             exact = config.index == "flat" or (options is not None and options.exact)
             path = "sketch" if request.request_id in self._sketched else "exact" if exact else "faiss"
             report |= {"path": path, "rows_read": round(rows / searches)}
+            self._seen.setdefault("request_rows_read", []).append(rows / searches)
+        self._seen.setdefault("request_host_tokens", []).append(left_pages if hosted else 0)
         self._sketched.discard(request.request_id)
         # Not in finished_req_ids' time: a new request may have the id by then.
         self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
         self._ledger.forget(request.request_id)
         self.line.left(request.request_id)
         return False, {"retrieval": report}
+
+    # ---- both halves
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._worker is not None:
+            stats: KVConnectorStats | None = self._worker.take_stats()
+            return stats
+        seen, self._seen = self._seen, {}
+        return RetrievalStats.of(SCHEDULER, seen=seen) if seen else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return RetrievalStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: "VllmConfig", metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KVConnectorPromMetrics | None:
+        return RetrievalMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # ---- worker half
 

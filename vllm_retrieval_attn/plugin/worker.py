@@ -18,6 +18,7 @@ from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+from vllm_retrieval_attn.plugin.worker_stats import WorkerStats
 from vllm_retrieval_attn.sketch.space import LEARNED
 from vllm_retrieval_attn.store.arena import Arena
 from vllm_retrieval_attn.store.layout import ROW_TOKENS, Layout
@@ -133,6 +134,7 @@ class RetrievalWorker:
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
             path = space_path(model_identity(vllm_config), rank, config.ranks)
             self.space = ModelSpace(path, self.arena, self.sketch, config.sink_end)
+        self._told = WorkerStats(self, rank)
         self.client = RingClient(
             layout, self.arena.views, config.spin_ns, config.answer_timeout_s, lambda: self.pool.alive()
         )
@@ -331,9 +333,16 @@ class RetrievalWorker:
         report = WorkerReport(self._failed, self._read, degraded=self._degraded)
         if self.sketch is not None:
             counts = self.sketch.take_counts()
+            self._told.count("rows_read", sum(rows for rows, _ in counts.values()))
             report = report.aggregate(WorkerReport(set(), counts, set(counts)))
         self._failed, self._read, self._degraded = set(), {}, set()
+        if self.hosted:
+            self._told.count("requests_failed", len(report.failed))
         return report if report.failed or report.read else None
+
+    def take_stats(self) -> Any:
+        """What ``/metrics`` is to know by now, a RetrievalStats or None."""
+        return self._told.take() if self.hosted else None
 
     def fence_mirror(self) -> None:
         """Order the mirror copies of this step before whatever may overwrite their source (CUDA)."""
@@ -342,6 +351,7 @@ class RetrievalWorker:
 
     def end_step(self) -> None:
         if self.hosted:
+            self._told.step(self._plan)
             self._count_rows()
             if self.sampler is not None:
                 self.sampler.end()
@@ -355,6 +365,7 @@ class RetrievalWorker:
     def _count_rows(self) -> None:
         plan, self._plan = self._plan, None
         if plan is not None and plan.searches:
+            self._told.count("rows_read", int(plan.rows_read.sum()))
             for request_id, rows in zip(plan.decode_ids, plan.rows_read.tolist(), strict=True):
                 self._read[request_id] = (rows, plan.searches)
 

@@ -140,9 +140,10 @@ class WorkerPool:
 
     def alive(self) -> bool:
         """Whether every worker is attached and lives."""
-        return all(self._lives(pid) for pid in self.pids())
+        return all(self.lives(pid) for pid in self.pids())
 
-    def _lives(self, pid: int) -> bool:
+    def lives(self, pid: int) -> bool:
+        """Whether a worker with this process id is attached and lives."""
         if pid == 0:
             return False
         started = process_start(pid)
@@ -189,7 +190,7 @@ class WorkerPool:
         """End it and its workers, whatever state they are in."""
         self._supervisor.kill()
         for pid in self.pids():
-            if self._lives(pid):
+            if self.lives(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._supervisor.wait()

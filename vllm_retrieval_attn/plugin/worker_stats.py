@@ -1,0 +1,86 @@
+"""What a vLLM worker tells of itself with its steps (plugin/stats.py): gauges now and then, counters as they grow."""
+
+import time
+from typing import TYPE_CHECKING
+
+from vllm_retrieval_attn.plugin.stats import RetrievalStats, key
+from vllm_retrieval_attn.store.layout import ROW_INDEXED
+
+if TYPE_CHECKING:
+    from vllm_retrieval_attn.device.plan import StepPlan
+    from vllm_retrieval_attn.plugin.worker import RetrievalWorker
+
+EVERY_S = 0.5
+"""Gauges are told so often, or when a request has come or gone: a decode step takes 10 ms."""
+
+
+class WorkerStats:
+    """Collects what happens in steps until it is told.
+
+    Args:
+        worker: whose. rank: of the worker.
+    """
+
+    def __init__(self, worker: "RetrievalWorker", rank: int) -> None:
+        self._worker, self._source = worker, str(rank)
+        self._more: dict[str, float] = {}
+        self._told, self._requests = 0.0, -1
+        self._before = {"worker_restarts": 0.0, "compared_steps": 0.0}
+
+    def count(self, name: str, value: float) -> None:
+        """A counter grew."""
+        self._more[name] = self._more.get(name, 0) + value
+
+    def step(self, plan: "StepPlan | None") -> None:
+        """A step is over. plan: what it had to do on the host; None where there was no forward pass."""
+        if plan is None:
+            return
+        self.count(key("steps", self._path(plan)), 1)
+        layout = self._worker.arena.layout
+        scored = int(plan.decode_rows[:, ROW_INDEXED].sum()) if plan.searched and not plan.attends_here else 0
+        if plan.sketch is not None:
+            scored += sum(row.tokens for row in plan.sketch.rows if row.tokens > row.limit)
+        self.count("codes_scored", scored * layout.kv_heads * layout.layers)
+
+    def _path(self, plan: "StepPlan") -> str:
+        if plan.attends_here:
+            return "degraded"
+        if plan.searched:
+            return "faiss" if plan.decode_rows[:, ROW_INDEXED].any() else "exact"
+        return "sketch" if plan.sketch is not None and plan.sketch.attends else "none"
+
+    def take(self) -> RetrievalStats | None:
+        """What there is to tell; None if it can wait."""
+        now, live = time.time(), len(self._worker.arena.requests)
+        if now - self._told < EVERY_S and live == self._requests and not self._more.get("requests_failed"):
+            return None
+        self._told, self._requests = now, live
+        stats = self._worker.stats()
+        for name, value in (("worker_restarts", stats["restarts"]), ("compared_steps", stats["probes"])):
+            self.count(name, value - self._before[name])
+            self._before[name] = value
+        more, self._more = self._more, {}
+        return RetrievalStats.of(self._source, self._gauges(now, stats), more)
+
+    def _gauges(self, now: float, stats: dict[str, object]) -> dict[str, float]:
+        worker, layout = self._worker, self._worker.arena.layout
+        alive = sum(map(worker.pool.lives, worker.pool.pids()))
+        capacity = layout.pages * layout.page_bytes
+        gauges = {
+            "healthy": float(alive == layout.actors), key("workers", "wanted"): layout.actors,
+            key("workers", "alive"): alive, "workers_given_up": float(worker.pool.gave_up),
+            key("arena_bytes", "used"): worker.arena.used_bytes, key("arena_bytes", "capacity"): capacity,
+            "arena_usage_ratio": worker.arena.used_bytes / max(1, capacity),
+            "host_tokens": worker.arena.host_tokens, "host_requests": len(worker.arena.requests),
+            "sample_timestamp_seconds": now,
+        }  # fmt: skip
+        if worker.sketch is not None:
+            codes, size = worker.sketch.codes, worker.sketch.geometry.sketch_page_bytes
+            gauges |= {
+                key("sketch_bytes", "used"): codes.used * size, key("sketch_bytes", "capacity"): codes.pages * size,
+                "sketch_usage_ratio": codes.used / max(1, codes.pages),
+            }  # fmt: skip
+        figures = worker.sampler.figures() if worker.sampler is not None else {}
+        for layers, of in figures.items():
+            gauges |= {key(name, layers.removeprefix("layers ")): value for name, value in of.items()}
+        return gauges
