@@ -55,14 +55,14 @@ class WorkerStats:
         if now - self._told < EVERY_S and live == self._requests and not self._more.get("requests_failed"):
             return None
         self._told, self._requests = now, live
-        stats = self._worker.stats()
-        for name, value in (("worker_restarts", stats["restarts"]), ("compared_steps", stats["probes"])):
+        probes = self._worker.sampler.probes if self._worker.sampler is not None else 0
+        for name, value in (("worker_restarts", self._worker.pool.restarts), ("compared_steps", probes)):
             self.count(name, value - self._before[name])
             self._before[name] = value
         more, self._more = self._more, {}
-        return RetrievalStats.of(self._source, self._gauges(now, stats), more)
+        return RetrievalStats.of(self._source, self._gauges(now), more)
 
-    def _gauges(self, now: float, stats: dict[str, object]) -> dict[str, float]:
+    def _gauges(self, now: float) -> dict[str, float]:
         worker, layout = self._worker, self._worker.arena.layout
         alive = sum(map(worker.pool.lives, worker.pool.pids()))
         capacity = layout.pages * layout.page_bytes
