@@ -64,9 +64,12 @@ def _told(rows: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, An
 
 
 def refuse_slow_steps(rows: list[dict[str, Any]]) -> None:
-    """End with an error where a step of the sketch was no graph, or read no row although its request left pages."""
+    """End with an error where a step of the sketch was no graph or degraded, or read no row although its request left
+    pages."""
     ours = [row for row in rows if row["way"] == "sketch"]
-    wrong = [row for row in ours if row["graph"] != 1 or (row["path"] != "paged" and not row["rows_mean"])]
+    wrong = [
+        row for row in ours if row["graph"] != 1 or row["degraded"] or (row["path"] != "paged" and not row["rows_mean"])
+    ]
     if wrong:
         print("not all steps were graphs that read rows:", *wrong, sep="\n")
         raise typer.Exit(1)
@@ -84,7 +87,7 @@ def decode(
     options: Options = "{}",
     out: Out = None,
 ) -> None:
-    """Decode steps; one JSON row each. Fails if a step with a sketch was no graph, or read no row."""
+    """Decode steps; one JSON row each. Fails if a step with a sketch was no graph, degraded, or read no row."""
     from vllm_retrieval_attn.bench.decode import Load, compare
 
     asked = _ways(shape, ways)

@@ -140,8 +140,11 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         ``ttft_s`` until all requests have their first token; ``step_ms_p50``, ``step_ms_p90``, ``tokens_per_s`` of the
         decode steps after the first _SKIP; ``settled_s`` from the first token until steps take less than 1.5 times the
         median; ``gpu_bytes``, ``host_bytes`` that the requests hold at the last of them; ``rows_mean`` host rows read
-        for a KV head; ``graph``: the share of the timed steps that replayed one graph. The last two are None without
-        our backend.
+        for a KV head; ``graph``: the share of the timed steps that replayed one graph; ``degraded``: steps of the load
+        in which the engine did the CPU workers' part, or these were late. The last three are None without our backend.
+
+    Raises:
+        ValueError: the requests never decoded together, or too few steps long.
     """
     import torch
 
@@ -151,6 +154,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     if worker is not None and way in ("sketch", "faiss"):
         sampling["extra_args"] = {"retrieval_rows": load.rows}
     engine.max_blocks.clear()
+    degraded = worker.degraded_steps if worker is not None else 0
     begin = time.perf_counter()
     names = [engine.add(_prompt(load.context, vocabulary, seed), **sampling) for seed in range(load.batch)]
     stamps: list[float] = []
@@ -171,6 +175,10 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     engine.drain()
     every = [b - a for a, b in itertools.pairwise(stamps)]
     steps = every[_SKIP:]
+    if not stamps:
+        raise ValueError(
+            f"{load.batch} requests of {load.context} tokens never decoded at once; is there memory for all of them?"
+        )
     if not steps:
         raise ValueError(f"{load.tokens} decode steps are too few; {_SKIP + 3} at least")
     median = statistics.median(steps)
@@ -191,6 +199,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         "rows_mean": round(statistics.mean(report["rows_read"] for report in reports), 1) if reports else None,
         "path": "/".join(sorted({report["path"] for report in reports})) or None,
         "graph": round((graphs[-1] - graphs[_SKIP]) / len(steps), 3) if worker is not None else None,
+        "degraded": worker.degraded_steps - degraded if worker is not None else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
