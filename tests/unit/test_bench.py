@@ -20,7 +20,8 @@ def row(way, load, **changed):
     found = {
         "backend": decode.WAYS[way][0], "way": way, "shape": "tiny", "context": load.context, "batch": load.batch,
         "rows": load.rows, "ttft_s": 0.5, "step_ms_p50": 6 + load.context / 20_000, "gpu_bytes": 10**5 * load.context,
-        "path": "sketch" if way == "sketch" else None, "rows_mean": 500.0, "graph": 1.0, "degraded": 0, "device": "none",
+        "path": "sketch" if way == "sketch" else None, "rows_mean": 500.0, "graph": 1.0, "degraded": 0,
+        "device": "none",
     }  # fmt: skip
     return {**found, **changed}
 
@@ -67,7 +68,8 @@ def test_what_makes_no_sense_is_named(asked, wrong):
 
 
 @pytest.mark.parametrize(("changed", "fails"), [
-    ({}, False), ({"graph": 0.9}, True), ({"degraded": 2}, True), ({"rows_mean": 0}, True), ({"rows_mean": 0, "path": "paged"}, False),
+    ({}, False), ({"graph": 0.9}, True), ({"degraded": 2}, True), ({"rows_mean": 0}, True),
+    ({"rows_mean": 0, "path": "paged"}, False),
 ])  # fmt: skip
 def test_a_step_that_was_no_graph_or_read_nothing_fails(changed, fails):
     load = decode.Load(8192, 1, 20, 512)
