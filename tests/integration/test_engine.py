@@ -1,5 +1,6 @@
 """One in-process CPU engine with a tiny pool and arena; freed memory is poisoned throughout."""
 
+import contextlib
 import os
 import random
 import signal
@@ -252,6 +253,37 @@ def test_whatever_dies_beside_the_engine_the_answer_is_the_same(engine, prompts,
     await_workers(pool)
     assert engine.run([prompts[-1]], **GREEDY)[0].tokens == truth[-1]
     assert engine.worker().stats()["degraded_steps"] == before["degraded_steps"] + told
+    assert_nothing_left(engine)
+
+
+def test_faults_at_random_cost_no_answer(engine, prompts, truth):
+    pool, rng = engine.worker().pool, random.Random(1)
+    stopped = []
+
+    def go_on(pool):
+        while stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stopped.pop(), signal.SIGCONT)
+
+    def stop(pool):
+        everybody = [pool.supervisor_pid, *pool.pids(), *children_of(pool.supervisor_pid).values()]
+        stopped.append(rng.choice([pid for pid in everybody if pid]))
+        os.kill(stopped[-1], signal.SIGSTOP)
+
+    kinds = [stop, go_on, go_on, *FAULTS.values()]
+    for _ in range(8):
+        engine.add(prompts[-1], **GREEDY)
+        last, at = [], rng.sample(range(NEW), 3)
+        for outputs in engine.steps():
+            last = outputs or last
+            if outputs and len(outputs[0].outputs[0].token_ids) in at:
+                with contextlib.suppress(ProcessLookupError, KeyError, psutil.NoSuchProcess):  # it is dead already
+                    rng.choice(kinds)(pool)
+                pool._recent.clear()
+        assert list(last[0].outputs[0].token_ids) == truth[-1]
+        go_on(pool)
+    await_workers(pool)
+    assert engine.run([prompts[-1]], **GREEDY)[0].tokens == truth[-1]
     assert_nothing_left(engine)
 
 

@@ -69,9 +69,11 @@ class PrefillStream:
         self.counts: list[int] = []
         for row in rows:
             pages = row.store.pages[: -(-row.host_tokens // page_tokens)]
-            starts = range(0, len(pages), stage.pages)
+            # Pieces of one size: behind a short one, the next would not be there in time.
+            size = -(-len(pages) // -(-len(pages) // stage.pages))
+            starts = range(0, len(pages), size)
             for first in starts:
-                group = pages[first : first + stage.pages]
+                group = pages[first : first + size]
                 pieces.append((group, min(row.host_tokens - first * page_tokens, len(group) * page_tokens)))
             self.counts.append(len(starts))
         self._pieces = pieces

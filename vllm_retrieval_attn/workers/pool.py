@@ -82,7 +82,7 @@ class WorkerPool:
             self._views.words[self._views.actor_word(actor)] = 0
         # A session of its own: an interrupt from the terminal is the engine's to deal with.
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "vllm_retrieval_attn.workers.supervisor"],
+            [sys.executable, "-P", "-m", "vllm_retrieval_attn.workers.supervisor"],  # -P: what lies around is no module
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert self._supervisor.stdin is not None

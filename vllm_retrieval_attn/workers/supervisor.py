@@ -30,6 +30,8 @@ POLL_S, BEAT_S = 0.2, 1.0
 FIRST_WAIT_S, MOST_WAIT_S = 0.2, 10.0
 """Before an actor that died is started again: twice as long each time, anew once it has lived for a minute."""
 CALM_S = 60.0
+MOST_LEAVE_S = 10.0
+"""How long to end Ray in good order."""
 _STORE_BYTES = 80 << 20
 """Of Ray's object store, which nobody uses: about the least that it takes."""
 
@@ -222,6 +224,8 @@ def main() -> None:
     def await_end() -> None:
         sys.stdin.read()
         closing.set()
+        time.sleep(MOST_LEAVE_S)
+        os._exit(1)  # the main thread hangs, in a Ray that hangs
 
     threading.Thread(target=await_end, name="retrieval-input", daemon=True).start()
     try:
