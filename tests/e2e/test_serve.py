@@ -30,7 +30,7 @@ class Server:
         self.port = free_port()
         self.log = log
         vllm = str(Path(sys.executable).parent / "vllm")
-        knobs = '{"retrieval": {"host_memory_gb": 0.12, "resident_tokens": 1024}}'
+        knobs = '{"retrieval": {"host_memory_gb": 0.12, "resident_tokens": 1024, "answer_timeout_s": 60}}'
         # The program must not see this test process's own setting.
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         self.process = subprocess.Popen(

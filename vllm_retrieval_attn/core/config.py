@@ -72,7 +72,7 @@ class RetrievalConfig(BaseModel):
     """Search threads in each actor. Default: see default_threads."""
     ray_address: str | None = None
     """A running Ray cluster on this host. Default: a local Ray of our own that ends with the engine."""
-    answer_timeout_s: float = Field(1.0, gt=0)
+    answer_timeout_s: float = Field(2.0, gt=0)
     """How long a step waits for the workers' answer before the engine attends to the rows itself, all of them."""
     worker_timeout_s: float = Field(60.0, gt=0)
     """A living worker that has not answered for so long is taken for hung and replaced."""
