@@ -313,6 +313,7 @@ def test_workers_that_never_come_back_cost_no_answer_and_the_log_says_so(engine,
     restarts = pool.restarts
     answers = engine.run([prompts[-1], prompts[0]], **GREEDY)
     assert [answer.tokens for answer in answers] == [truth[-1], truth[0]]
+    assert answers[0].retrieval["degraded_steps"] == NEW - 1  # the first token is the prefill's
     assert pool.restarts == restarts
     assert pool._supervisor.poll() is not None
     assert_nothing_left(engine)

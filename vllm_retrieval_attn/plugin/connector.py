@@ -147,7 +147,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             self._read[request_id] = sums[0] + rows, sums[1] + searches
             if request_id in report.sketched:
                 self._sketched.add(request_id)
-            self._degraded[request_id] += request_id in report.degraded
+        self._degraded.update(report.degraded & self._requested.keys())
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]

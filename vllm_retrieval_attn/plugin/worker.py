@@ -338,7 +338,7 @@ class RetrievalWorker:
         self._failed, self._read, self._degraded = set(), {}, set()
         if self.hosted:
             self._told.count("requests_failed", len(report.failed))
-        return report if report.failed or report.read else None
+        return report if report.failed or report.read or report.degraded else None
 
     def take_stats(self) -> Any:
         """What ``/metrics`` is to know by now, a RetrievalStats or None."""

@@ -155,7 +155,7 @@ class WorkerPool:
             try:
                 self._note()
                 silent = time.monotonic() - self._heard > _SUPERVISOR_SILENT_S
-                if self.gave_up or (self._supervisor.poll() is None and not silent):
+                if self.gave_up or self._closing.is_set() or (self._supervisor.poll() is None and not silent):
                     continue
                 what = "is silent" if self._supervisor.poll() is None else f"ended ({self._supervisor.poll()})"
                 logger.error("retrieval: the CPU workers' supervisor %s; restarting it", what)
@@ -164,7 +164,7 @@ class WorkerPool:
                 if not self.gave_up and not self._closing.wait(wait_s):
                     self._launch()
                     wait_s = min(2 * wait_s, 10.0)
-            except Exception:
+            except Exception:  # whatever it is, the next look may restart workers, and serving does without them
                 logger.exception("retrieval: watching the CPU workers failed")
 
     def _note(self) -> None:

@@ -103,7 +103,7 @@ def start_ray(address: str | None) -> None:
                 address="local", include_dashboard=False, configure_logging=False, object_store_memory=_STORE_BYTES,
                 num_cpus=0, **quiet,
             )  # fmt: skip
-    except Exception as error:
+    except Exception as error:  # of any of Ray's many kinds
         where = f"at ray_address={address!r}" if address else "locally"
         raise RuntimeError(f"retrieval: Ray did not start {where}: {error}") from error
 
@@ -187,7 +187,7 @@ class Supervisor:
         reference, held.pending = held.pending, None
         try:
             pid = ray.get(reference)
-        except Exception as error:
+        except Exception as error:  # an actor's own, of any kind: it is started again
             # The last line of Ray's account is the actor's own exception.
             self.tell("failed", error=str(error).strip().rpartition("\n")[2])
             self._again(held)
@@ -231,7 +231,7 @@ def main() -> None:
     try:
         start_ray(plan.ray_address)  # on the main thread: when that ends, so does what Ray starts
         Supervisor(plan, events).run(closing)
-    except Exception as error:
+    except Exception as error:  # told, since nobody reads this process's traceback
         print(json.dumps({"event": "ended", "error": str(error)}), file=events, flush=True)
         raise
     finally:
