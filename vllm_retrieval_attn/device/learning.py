@@ -34,7 +34,6 @@ class SpaceLearner:
         self._layers = layers
         self._request: str | None = None
         self._tokens = 0
-        self._seen: set[int] = set()
         self._sums: dict[int, _Sums] = {}
         self._done: Any = None
 

@@ -1,7 +1,7 @@
 """Rows that lie in another process, copied from there and attended to by index/rows.py.
 
 A server with a GPU keeps its pages in memory that only its own process can map (store/managed.py). Linux copies from
-one process into another without help of the other one (process_vm_readv), at about 1 us a row.
+one process into another without help of the other one (process_vm_readv).
 """
 
 from typing import Any, NamedTuple
