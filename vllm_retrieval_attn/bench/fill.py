@@ -21,7 +21,7 @@ def fill(engine: InProcessEngine) -> None:
     torch.manual_seed(0)
     pages = worker.arena.pages
     if worker.cuda is not None:
-        from vllm_retrieval_attn.device.cuda import on_gpu
+        from vllm_retrieval_attn.device.cuda_host import on_gpu
 
         pages = on_gpu(pages, worker.cuda.device)  # several times as fast as the CPU
     noise = torch.randn(pages.shape[1:]).to(pages.dtype).to(pages.device)

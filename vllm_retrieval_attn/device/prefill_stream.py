@@ -22,6 +22,11 @@ STAGE_BYTES = 256 << 20
 """Both buffers together: the fewer the pieces, the less is spent on merging them."""
 
 
+def send(array: Any, device: torch.device) -> torch.Tensor:
+    """A NumPy array on its way to the GPU, on the current stream."""
+    return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
+
+
 class Stage:
     """The buffers, for the life of the process.
 
@@ -79,8 +84,7 @@ class PrefillStream:
         self._pieces = pieces
 
         def sent(numbers: Any, dtype: Any) -> torch.Tensor:
-            array = torch.from_numpy(np.array(numbers, dtype))
-            return array.pin_memory().to(stage.device, non_blocking=True)
+            return send(np.array(numbers, dtype), stage.device)
 
         self._tokens = sent([tokens for _, tokens in pieces], np.int32)
         self._numbers = sent([page for group, _ in pieces for page in group], np.int64).split(

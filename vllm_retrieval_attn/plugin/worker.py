@@ -117,7 +117,7 @@ class RetrievalWorker:
         rank = vllm_config.parallel_config.rank
         self.cuda: Any = None
         if vllm_config.device_config.device_type == "cuda":
-            from vllm_retrieval_attn.device.cuda import CudaHost, memory_for
+            from vllm_retrieval_attn.device.cuda_host import CudaHost, memory_for
             from vllm_retrieval_attn.device.sketch import current_sketch
 
             device = torch.device("cuda", torch.cuda.current_device())
