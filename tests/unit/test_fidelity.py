@@ -182,3 +182,15 @@ def test_a_row_that_the_sketch_answered_is_compared_alike(probed):
     for layers, figures in sampler.figures().items():
         for name, value in figures.items():
             assert value == pytest.approx(by_workers[layers][name], abs=2e-4), name
+
+
+def test_a_step_that_is_cancelled_is_not_compared(probed):
+    one = probed()
+    one.sampler.begin(SimpleNamespace(decode_rows=one.message, probe=-1, sketch=None))
+    assert one.sampler.active
+    one.sampler.cancel()
+    assert not one.sampler.active
+    one.sampler.end()
+    assert not one.ring.views.probing()
+    assert one.step() == 0
+    assert one.compared()
