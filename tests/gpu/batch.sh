@@ -31,7 +31,7 @@ decode() { cli bench decode "$@"; }
 evaluate() {  # tasks, max_num_seqs
   cli eval --model "$MODEL" --modes full,attention --lengths 64000 --score-tokens 96 --tasks "$1" --json "$OUT/eval-$2.json" --options \
     "{\"gpu_memory_utilization\":0.6,\"max_num_seqs\":$2,\"max_num_batched_tokens\":8192,\"dtype\":\"float16\",\"max_model_len\":65536,
-      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24}}"
+      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24,\"tau\":0.0009}}"  # so 500 rows are read on average, and at most 1,024
 }
 for stage in "$@"; do
   case $stage in
@@ -54,10 +54,10 @@ for stage in "$@"; do
     decode --ways full --contexts 131072 --batches 1,2,3 --tokens 60 --options "{$(graphs 1,2,3)}" ;;
   fp8) decode --ways full-fp8 --contexts 131072 --batches 1,3,6 --tokens 60 --options "{$(graphs 1,2,3,6)}" ;;
   fill) decode --ways sketch --fill --contexts 131072,524288 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":84}}" ;;
-  batch) decode --ways sketch --fill --contexts 131072 --batches 1,3,6 --tokens 60 --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
+  batch) decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens 60 --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
   faiss) decode --ways faiss --contexts 131072 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":24}}" ;;
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
-  quality) evaluate prose:4,crowd:16 1; evaluate crowd:16 8 ;;
+  quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
   engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py
     run python3 -m pytest -p no:cacheprovider tests/gpu/test_without_workers.py ;;
   http) RETRIEVAL_TEST_TOKENIZER=$MODEL run python3 -m pytest -s -p no:cacheprovider tests/gpu/test_tpot_over_http.py ;;
