@@ -59,13 +59,13 @@ def main(out: Path) -> None:
     found["again"] = engine.run([prompt], **greedy)[0].tokens == sampled.tokens
     exact = [engine.run([q.prompt], extra_args={"retrieval_exact": True}, **greedy)[0].text for q in asked]
     found["exact_right"] = [question.number in text for question, text in zip(asked, exact, strict=True)]
-    # Indexes are made again from the pages: a worker that dies while decoding changes no token.
+    # Steps without the worker are exact, later ones find indexes that are made again from the pages.
     name = engine.add(prompt, **greedy)
     for outputs in engine.steps():
         for output in outputs:
             if output.request_id == name and len(output.outputs[0].token_ids) == 3:
                 os.kill(engine.worker().stats()["actor_pids"][0], signal.SIGKILL)
-            found["restarted"] = list(output.outputs[0].token_ids) == sampled.tokens
+            found["restarted"] = asked[0].number in output.outputs[0].text
     engine.drain()
     deadline = time.monotonic() + 10
     while engine.worker().stats()["restarts"] == 0 and time.monotonic() < deadline:

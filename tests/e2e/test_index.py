@@ -27,7 +27,7 @@ def test_a_request_may_ask_for_exact_attention(found):
     assert found["exact_right"] == [True, True, True]
 
 
-def test_a_worker_that_dies_changes_no_token(found):
+def test_a_worker_that_dies_changes_no_answer(found):
     assert found["restarted"]
     assert found["restarts"] == 1  # the one that was killed, and none of itself
 

@@ -252,7 +252,7 @@ def test_whatever_dies_beside_the_engine_the_answer_is_the_same(engine, prompts,
         begin = now
         last = outputs or last
     assert list(last[0].outputs[0].token_ids) == truth[-1]
-    assert longest < KNOBS["answer_timeout_s"] + 0.5
+    assert longest < KNOBS["answer_timeout_s"] + 1  # Ray starts anew meanwhile, on the same two cores
     told = last[0].kv_transfer_params["retrieval"]["degraded_steps"]
     assert told == engine.worker().stats()["degraded_steps"] - before["degraded_steps"]
     if "worker" in fault:
