@@ -140,6 +140,22 @@ def sweep(
 
 
 @bench.command()
+def reuse(
+    shape: Shape = "llama-3-8b",
+    context: Annotated[int, typer.Option(help="Tokens of a document.")] = 65_536,
+    questions: Annotated[int, typer.Option(help="Asked at once.")] = 8,
+    batch: Annotated[int, typer.Option(help="Requests that decode together.")] = 4,
+    options: Options = "{}",
+    out: Out = None,
+) -> None:
+    """What a second question on a document costs, several at once, and decode steps that share pages; JSON rows."""
+    from vllm_retrieval_attn.bench.reuse import measure
+
+    _ways(shape, "sketch")
+    _told(measure(shape, context, questions, batch, json.loads(options)), out)
+
+
+@bench.command()
 def timeline(
     plot: Annotated[Path, typer.Option(help="PNG to write.", dir_okay=False)],
     contexts: Contexts = "131072",

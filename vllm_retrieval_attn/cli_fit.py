@@ -19,6 +19,9 @@ def fit_space(
         Path | None,
         typer.Option(help="Text to learn from; default: Python's docstrings.", exists=True, dir_okay=False),
     ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to learn from, at most: as many as prompts will have.", min=1)
+    ] = 32_768,
     again: Annotated[bool, typer.Option("--again", help="Learn anew where a space is kept already.")] = False,
     options: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM, as the server will have them.")] = "{}",
 ) -> None:
@@ -41,10 +44,11 @@ def fit_space(
         if worker.stats()["space"] == "rotation":
             content = filler() if text is None else text.read_text(errors="replace")
             prompt = engine.llm.get_tokenizer().encode(content)
-            wanted = LEARN_TOKENS + 2 * worker.config.sink_end
-            if len(prompt) < wanted:
-                raise typer.BadParameter(f"{len(prompt)} tokens of text are too few; it takes {wanted}")
-            engine.run([prompt[:wanted]], max_tokens=1)
+            least = LEARN_TOKENS + worker.config.sink_end
+            limit = min(tokens, engine.llm.model_config.max_model_len - 1)
+            if min(len(prompt), limit) < least:
+                raise typer.BadParameter(f"{min(len(prompt), limit)} tokens are too few; it takes {least}")
+            engine.run([prompt[:limit]], max_tokens=1)
         if worker.stats()["space"] != "learned":
             raise RuntimeError("no space was learned; the log above says why")
         console.print(f"the model's space is kept in {worker.space.path}", soft_wrap=True)

@@ -41,7 +41,11 @@ class Inspector:
         gc.unfreeze()  # vLLM hides what lived at start from the collector
         (manager,) = [found for found in gc.get_objects() if isinstance(found, RetrievalManager)]
         stats = current_worker().stats()
-        return {"ledger": sum(manager.ledger.held.values()), "pages": stats["host_pages"], "stores": stats["requests"]}
+        return {
+            "ledger": sum(map(manager.ledger.held_pages, manager.ledger.held)),
+            "pages": stats["host_pages"],
+            "stores": stats["requests"],
+        }
 
 
 def start() -> Any:

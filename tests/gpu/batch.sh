@@ -8,6 +8,7 @@
 #   ours full fp8        rows "step 1K, 128K", TTFT, GPU bytes of ours, FLASH_ATTN, FLASH_ATTN with fp8 KV
 #   fill       rows "step 512K"; batch     row "tokens/s, batch 6" (needs 128 GiB of memory)
 #   faiss      row "sketch_gb: 0"
+#   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
 #   engine     tests/gpu/test_sketch_engine.py, test_without_workers.py;  http     tests/gpu/test_tpot_over_http.py
@@ -31,7 +32,7 @@ decode() { cli bench decode "$@"; }
 evaluate() {  # tasks, max_num_seqs
   cli eval --model "$MODEL" --modes full,attention --lengths 64000 --score-tokens 96 --tasks "$1" --json "$OUT/eval-$2.json" --options \
     "{\"gpu_memory_utilization\":0.6,\"max_num_seqs\":$2,\"max_num_batched_tokens\":8192,\"dtype\":\"float16\",\"max_model_len\":65536,
-      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24,\"tau\":0.0009}}"  # so 500 rows are read on average, and at most 1,024
+      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24}}"
 }
 for stage in "$@"; do
   case $stage in
@@ -56,6 +57,7 @@ for stage in "$@"; do
   fill) decode --ways sketch --fill --contexts 131072,524288 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":84}}" ;;
   batch) decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens 60 --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
   faiss) decode --ways faiss --contexts 131072 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":24}}" ;;
+  reuse) cli bench reuse --json "$OUT/reuse.json" --options "{$(graphs 1,2,4,8),\"retrieval\":{\"host_memory_gb\":60}}" ;;
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
   engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py

@@ -7,6 +7,8 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,7 +28,7 @@ TOKEN, STOP = 7, 2  # what the model says
 READ = 9  # rows that a step reads
 
 
-def make_config(pages: int) -> Any:
+def make_config(pages: int, reuse: bool = False) -> Any:
     args = EngineArgs(
         model=str(smollm2()),
         attention_backend="retrieval",
@@ -45,6 +47,7 @@ def make_config(pages: int) -> Any:
         max_num_batched_tokens=CHUNK,
         max_num_seqs=8,
         block_size=BLOCK,
+        enable_prefix_caching=reuse,
         kv_cache_memory_bytes=10**9,
     )
     return args.create_engine_config()
@@ -56,6 +59,7 @@ class Store:
 
     epoch: int
     written: list[int] = field(default_factory=list)
+    pages: dict[int, tuple[int, int]] = field(default_factory=dict)  # those of others
 
 
 class Simulation:
@@ -88,21 +92,36 @@ class Simulation:
         self.connector: Any = self.scheduler.connector
         self.ledger = self.connector._ledger
         self.pages = resolved_config(config).host_pages
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK, sha256) if config.cache_config.enable_prefix_caching else None
         self.stores: dict[str, Store] = {}
+        self.kept: dict[int, tuple[Store, int]] = {}
+        self.sinks: dict[int, Store] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finish: dict[str, str] = {}
         self.stopping: set[str] = set()
         self._depth = 2 if asynchronous else 1
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
-    def add(self, name: str, prompt: int, new: int, session: bool = False) -> None:
-        """A request, or a session's next chunk, of ``prompt`` tokens."""
+    def add(
+        self, name: str, prompt: int, new: int, session: bool = False, own: int = 0, branch: int = 0, **more: Any
+    ) -> None:
+        """A request, or a session's next chunk, of ``prompt`` tokens, the last ``own`` of which are of ``branch``."""
         self.tokens.setdefault(name, [])
         before = self.scheduler.requests.get(name)
         start = 100 + (before.num_tokens if before is not None else 0)  # a token says where it lies
         params = SamplingParams(temperature=0, max_tokens=new, stop_token_ids=[STOP])
         ids = list(range(start, start + prompt))
-        self.scheduler.add_request(Request(name, ids, params, None, resumable=session))
+        ids[prompt - own :] = [10_000 * branch + token for token in ids[prompt - own :]]
+        self.scheduler.add_request(
+            Request(name, ids, params, None, resumable=session, block_hasher=self._hasher, **more)
+        )
+
+    def add_ids(self, name: str, ids: list[int], new: int) -> None:
+        """A request with these tokens."""
+        self.tokens.setdefault(name, [])
+        params = SamplingParams(temperature=0, max_tokens=new, stop_token_ids=[STOP])
+        self.scheduler.add_request(Request(name, ids, params, None, block_hasher=self._hasher))
 
     def end(self, name: str) -> None:
         """The client closes its session."""
@@ -152,6 +171,10 @@ class Simulation:
                 return number
         raise AssertionError(f"no end after {limit} steps")
 
+    def held(self) -> dict[str, int]:
+        """Pages of each request."""
+        return {name: len(held.pages) for name, held in self.ledger.held.items()}
+
     def nothing_left(self) -> bool:
         manager = self.scheduler.kv_cache_manager
         free = manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1
@@ -161,17 +184,59 @@ class Simulation:
 
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         message = output.kv_connector_metadata
+        later = [one for one in message.kept if not self._keep(*one)]
         for name, epoch in message.released:
             if name in self.stores and self.stores[name].epoch <= epoch:
                 del self.stores[name]
+        for number in message.dropped:
+            del self.kept[number]
+        for name, opening in message.opened.items():
+            self._open(name, message.admitted[name], opening)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for name, new in output.num_scheduled_tokens.items():
             if name in message.admitted:
                 self._write(name, message.admitted[name], computed[name], new)
-        assert sum(-(-max(0, len(store.written) - SINK) // PAGE) for store in self.stores.values()) <= self.pages
+        for one in later:
+            assert self._keep(*one), one
+        pages = {(id(store), index) for store, index in self.kept.values()}
+        for store in self.stores.values():
+            pages |= {store.pages.get(i, (id(store), i)) for i in range(-(-max(0, len(store.written) - SINK) // PAGE))}
+        assert len(pages) <= self.pages
         return self._sample(output, computed)
+
+    def _keep(self, name: str, epoch: int, index: int, number: int) -> bool:
+        store = self.stores.get(name)
+        if store is None or store.epoch != epoch or SINK + index * PAGE >= len(store.written):
+            return False
+        assert number not in self.kept
+        self.kept[number] = store, index
+        return True
+
+    def _content(self, number: int) -> list[int]:
+        store, index = self.kept[number]
+        return store.written[SINK + index * PAGE : SINK + (index + 1) * PAGE]
+
+    def _open(self, name: str, epoch: int, opening: Any) -> None:
+        store = self.stores.get(name)
+        if store is None or store.epoch != epoch:
+            store = self.stores[name] = Store(epoch)
+        if opening.sink >= 0:
+            self.sinks[opening.sink] = store
+        if not opening.tokens:
+            return
+        store.written += self.sinks[opening.from_sink].written[:SINK]
+        for index, number in enumerate(opening.pages):
+            store.written += self._content(number)
+            store.pages[index] = id(self.kept[number][0]), self.kept[number][1]
+        if opening.source >= 0:
+            store.written += self._content(opening.source)[: opening.source_tokens]
+        assert len(store.written) == opening.tokens
+        split = self.connector._config.split
+        assert len(opening.blocks[0]) == SINK // BLOCK
+        assert len(opening.blocks[1]) == (opening.tokens - split.window_start(opening.tokens)) // BLOCK
+        assert 0 not in opening.blocks[0] + opening.blocks[1]
 
     def _write(self, name: str, epoch: int, computed: int, new: int) -> None:
         request = self.scheduler.requests[name]

@@ -168,15 +168,16 @@ def test_random_aborts_leave_nothing_and_do_not_disturb_others(engine, prompts, 
 def test_requests_wait_while_the_arena_is_full(engine, prompts, truth):
     ledger = engine.scheduler.connector._ledger
     spare = ledger.free_pages - 7
-    ledger.held["somebody else"] = spare
+    ledger.hold("somebody else", ledger.split.sink_end + spare * ledger.page_tokens)
     try:
-        names = [engine.add(prompts[-1], **GREEDY) for _ in range(2)]  # 6 pages of 256 tokens each
+        # 6 pages of 256 tokens each, none of them shared.
+        names = [engine.add(prompts[-1], **GREEDY, skip_reading_prefix_cache=True) for _ in range(2)]
         most, answers = 0, {}
         for outputs in engine.steps():
             most = max(most, len(engine.scheduler.running))
             answers |= {output.request_id: list(output.outputs[0].token_ids) for output in outputs}
     finally:
-        del ledger.held["somebody else"]
+        ledger.forget("somebody else")
     assert most == 1
     assert [answers[name] for name in names] == [truth[-1]] * 2
     assert_nothing_left(engine)

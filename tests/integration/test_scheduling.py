@@ -25,7 +25,7 @@ def test_a_session_keeps_its_admission_from_chunk_to_chunk(simulation):
         simulation.add("s", 70, 5, session=True)
         simulation.run()
         assert simulation.connector._epochs == {"s": 1}
-        assert simulation.ledger.held == {"s": -(-(simulation.scheduler.requests["s"].num_tokens - 1 - SINK) // PAGE)}
+        assert simulation.held() == {"s": -(-(simulation.scheduler.requests["s"].num_tokens - 1 - SINK) // PAGE)}
         assert len(simulation.tokens["s"]) == 5 * (number + 1)
     simulation.end("s")
     simulation.run()
@@ -106,7 +106,7 @@ def test_a_sessions_answer_ends_where_host_memory_does(simulation):
     simulation.run()
     assert simulation.finish["s"] == "length"
     assert simulation.scheduler.requests["s"].num_tokens == LONGEST
-    assert simulation.ledger.held == {"s": 10}
+    assert simulation.held() == {"s": 10}
     simulation.add("s", 1, 5, session=True)
     simulation.run()
     assert simulation.finish["s"] == "error"
@@ -146,7 +146,7 @@ def test_sessions_that_wait_for_each_other_do_not_do_so_for_ever(simulation):
     for name in ("a", "b"):
         simulation.add(name, 280, 5, session=True)
         simulation.run()
-    assert simulation.ledger.held == {"a": 5, "b": 5}
+    assert simulation.held() == {"a": 5, "b": 5}
     for name in ("a", "b"):
         simulation.add(name, 150, 5, session=True)
     simulation.run()
@@ -209,7 +209,7 @@ def test_a_prompt_that_the_connector_brings_holds_sinks_and_window_alone(simulat
     used = [number for number, block in enumerate(blocks) if not block.is_null]
     first = (500 - WINDOW) // BLOCK
     assert used == [*range(SINK // BLOCK), *range(first, -(-501 // BLOCK))]
-    assert simulation.ledger.held["a"] == -(-(501 - SINK) // PAGE)
+    assert simulation.held()["a"] == -(-(501 - SINK) // PAGE)
     simulation.run()
     assert len(simulation.tokens["a"]) == 20
     assert simulation.nothing_left()

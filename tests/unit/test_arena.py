@@ -1,4 +1,4 @@
-"""The arena: no page has two owners, freed pages are poisoned, everything is free at the end."""
+"""The arena: nobody writes a page that others have, freed pages are poisoned, everything is free at the end."""
 
 import os
 from dataclasses import replace
@@ -32,6 +32,9 @@ class ArenaLife(RuleBasedStateMachine):
         self.arena.pages[:] = float("nan")
         self.model: dict[str, tuple[int, int]] = {}  # id -> (epoch, tokens)
         self.indexed: dict[int, int] = {}  # epoch -> tokens
+        self.kept: dict[int, tuple[int, int]] = {}  # number -> (page, epoch of its writer)
+        self.writers: dict[int, list[int]] = {}  # epoch -> epoch that wrote each page
+        self.numbers = 0
         self.generations: set[int] = set()
         self.epoch = 0
         # Half the pages: growth can meet a full arena.
@@ -42,7 +45,10 @@ class ArenaLife(RuleBasedStateMachine):
             return
         for request_id in list(self.arena.requests):
             self.arena.release(request_id, self.epoch)
-        assert self.arena.used_pages == len(self.spare)
+        assert self.arena.used_pages == 0
+        for number in list(self.arena.kept):
+            self.arena.drop(number)
+        assert not self.arena._users
         assert sorted(self.arena._free + self.spare) == list(range(self.arena.layout.pages))
         assert sorted(self.arena._slots) == list(range(self.arena.layout.max_rows))
         assert self.arena.host_tokens == 0
@@ -65,6 +71,40 @@ class ArenaLife(RuleBasedStateMachine):
         self.generations.add(store.generation)
         self.model[request_id] = (self.epoch, 0)
         self.indexed[self.epoch] = 0
+        self.writers[self.epoch] = []
+
+    @rule(request_id=IDS, share=st.integers(0, 3))
+    def adopt(self, request_id, share):
+        """An admission begins with pages that are kept."""
+        if self.model.get(request_id, (0, 1))[1] or self.arena.requests[request_id].pages:
+            return
+        epoch, page_tokens = self.model[request_id][0], self.arena.layout.page_tokens
+        whole = [number for number, (_, writer) in self.kept.items() if writer >= 0][:share]
+        store = self.arena.requests[request_id]
+        assert self.arena.adopt(store, whole) == []
+        store.written(len(whole) * page_tokens)
+        self.writers[epoch] = [self.kept[number][1] for number in whole]
+        self.model[request_id] = epoch, len(whole) * page_tokens
+
+    @rule(request_id=IDS, index=st.integers(0, 5))
+    def keep(self, request_id, index):
+        """A full page is kept."""
+        if request_id not in self.model:
+            return
+        epoch, tokens = self.model[request_id]
+        store = self.arena.requests[request_id]
+        taken = [page for page, _ in self.kept.values()]
+        if tokens < (index + 1) * self.arena.layout.page_tokens or store.pages[index] in taken:
+            return
+        self.arena.keep(store, index, self.numbers)
+        self.kept[self.numbers] = store.pages[index], self.writers[epoch][index]
+        self.numbers += 1
+
+    @rule(number=st.integers(0, 20))
+    def drop(self, number):
+        if number in self.kept:
+            self.arena.drop(number)
+            del self.kept[number]
 
     @rule(space=st.integers(0, 1))
     def learn(self, space):
@@ -102,6 +142,7 @@ class ArenaLife(RuleBasedStateMachine):
                 self.arena.grow(store, target)
             return
         self.arena.grow(store, target)
+        self.writers[epoch] += [epoch] * (len(store.pages) - len(self.writers[epoch]))
         pages, offsets = self.arena.token_positions(store, tokens, target)
         self.arena.pages[torch.from_numpy(pages), :, :, torch.from_numpy(offsets)] = float(epoch)
         store.written(target)
@@ -127,9 +168,12 @@ class ArenaLife(RuleBasedStateMachine):
         arena = self.arena
         assert set(arena.requests) == set(self.model)
         owned = [page for store in arena.requests.values() for page in store.pages]
-        everything = owned + arena._free + self.spare
+        kept = [page for page, _ in self.kept.values()]
+        everything = [*set(owned + kept), *arena._free, *self.spare]
         assert sorted(everything) == list(range(arena.layout.pages))
-        assert arena.used_bytes == (len(owned) + len(self.spare)) * arena.layout.page_bytes
+        assert arena.used_bytes == len(set(owned)) * arena.layout.page_bytes
+        for page, writer in self.kept.values():
+            assert (arena.pages[page] == writer).all()
         slots = [store.slot for store in arena.requests.values()]
         assert sorted(slots + arena._slots) == list(range(arena.layout.max_rows))
         assert arena.host_tokens == sum(tokens for _, tokens in self.model.values())
@@ -145,7 +189,9 @@ class ArenaLife(RuleBasedStateMachine):
             assert arena.views.slots[store.slot, SLOT_GENERATION] == store.generation
             assert arena.views.slots[store.slot, SLOT_INDEXED] == self.indexed[epoch]
             pages, offsets = arena.token_positions(store, 0, tokens)
-            assert (arena.pages[torch.from_numpy(pages), :, :, torch.from_numpy(offsets)] == epoch).all()
+            found = arena.pages[torch.from_numpy(pages), 0, 0, torch.from_numpy(offsets), 0, 0]
+            wrote = torch.tensor(self.writers[epoch], dtype=torch.float64)
+            assert (found == wrote.to(found.dtype).repeat_interleave(arena.layout.page_tokens)[:tokens]).all()
 
 
 TestArenaLife = ArenaLife.TestCase
@@ -244,3 +290,70 @@ def test_codes_go_with_pages_until_there_is_no_room(arena):
     again = arena.open("b", 2)
     arena.grow(again, 64)
     assert again.sketched
+
+
+def test_a_kept_page_shares_its_codes_and_may_lose_them(arena):
+    """Codes of pages that nobody uses make room; the next one who begins with such a page has to make them again."""
+    arena.codes = CodePages(4)
+    first = arena.open("a", 1)
+    arena.grow(first, 2 * 64)
+    codes = list(first.codes)
+    for index in (0, 1):
+        arena.keep(first, index, index)
+    second = arena.open("b", 1)
+    assert arena.adopt(second, [0, 1]) == []
+    assert (second.pages, second.codes, second.space) == (first.pages, codes, first.space)
+    arena.release("a", 1)
+    arena.grow(second, 3 * 64)
+    assert arena.spare_codes() == 1
+    arena.release("b", 1)
+    assert arena.codes.used == 2
+    assert arena.spare_codes() == 4
+    other = arena.open("c", 1)
+    arena.grow(other, 3 * 64)
+    assert other.sketched
+    assert [kept.code is None for kept in arena.kept.values()] == [True, False]
+    arena.release("c", 1)
+    third = arena.open("d", 1)
+    assert arena.adopt(third, [0, 1]) == [0]
+    assert third.sketched
+    assert arena.kept[0].code == third.codes[0]
+    assert third.codes[1] == codes[1]
+    arena.release("d", 1)
+    for number in (0, 1):
+        arena.drop(number)
+    assert arena.codes.used == 0
+
+
+def test_all_codes_of_a_request_are_of_one_space(arena):
+    arena.codes = CodePages(8)
+    first = arena.open("a", 1)
+    arena.grow(first, 64)
+    arena.keep(first, 0, 0)
+    arena.space, arena.space_tokens = 1, 10**6
+    second = arena.open("b", 1)
+    assert second.space == 1
+    arena.grow(second, 2 * 64)
+    arena.keep(second, 1, 1)
+    third = arena.open("c", 1)
+    assert arena.adopt(third, [0, 1]) == [1]  # it gets codes of its own for the second page
+    assert third.space == 0
+    assert arena.views.slots[third.slot, SLOT_SPACE] == 0
+    assert third.codes[0] == first.codes[0]
+    assert third.codes[1] not in second.codes
+    assert arena.kept[1].code == second.codes[1]
+
+
+def test_without_room_for_codes_a_request_goes_without(arena):
+    arena.codes = CodePages(2)
+    first = arena.open("a", 1)
+    arena.grow(first, 64)
+    arena.keep(first, 0, 0)
+    arena.kept[0].code = None
+    arena.codes.release([first.codes[0]])
+    other = arena.open("b", 1)
+    arena.grow(other, 64)
+    second = arena.open("c", 1)
+    assert arena.adopt(second, [0]) == []
+    assert not second.sketched
+    assert second.pages == first.pages

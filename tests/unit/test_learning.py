@@ -1,6 +1,7 @@
 """The model's space: learned from what prompts bring, kept in a file, taken by actors."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests.unit.layouts import make_layout
 from vllm_retrieval_attn.device.learning import LEARN_TOKENS, SpaceLearner
+from vllm_retrieval_attn.device.plan import StepPlan
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION, Space, balanced
 from vllm_retrieval_attn.store.arena import Arena
@@ -50,7 +52,7 @@ def reference(n: int) -> Space:
 @pytest.mark.parametrize("chunks", [[LEARN_TOKENS], [1000, 1000, 1000, 1096], [64] * 64])
 def test_chunks_come_to_the_statistics_of_the_whole(chunks):
     learner = fed(chunks)
-    assert learner.complete
+    assert learner.enough
     space, wanted = learner.space(), reference(LEARN_TOKENS)
     assert space.heads == LAYERS * KV_HEADS
     np.testing.assert_allclose(space.mean, wanted.mean, rtol=1e-4, atol=1e-4)
@@ -62,9 +64,9 @@ def test_chunks_come_to_the_statistics_of_the_whole(chunks):
 
 def test_another_request_starts_anew_and_too_few_are_not_enough():
     learner = fed([LEARN_TOKENS - 100])
-    assert not learner.complete
+    assert not learner.enough
     fed([200], "b", learner)
-    assert not learner.complete
+    assert not learner.enough
 
 
 def test_keys_that_are_not_finite_are_refused():
@@ -88,9 +90,11 @@ def test_a_kept_space_is_found_by_the_next_start(folder):
     path = space_path("model", 0, 1)
     assert folder in path.parents
     assert load_space(path, space.heads, DIM) is None
-    assert save_space(path, space)
-    again = load_space(path, space.heads, DIM)
-    assert again is not None
+    assert save_space(path, space, 7000)
+    found = load_space(path, space.heads, DIM)
+    assert found is not None
+    again, learned_from = found
+    assert learned_from == 7000
     for name in ("mean", "keys", "queries"):
         assert np.array_equal(getattr(again, name), getattr(space, name))
 
@@ -107,13 +111,13 @@ def test_a_broken_file_is_removed_and_learned_anew(folder, content):
 def test_a_space_of_another_shape_is_not_taken(folder):
     space = fed([LEARN_TOKENS]).space()
     path = space_path("model", 0, 1)
-    save_space(path, space)
+    save_space(path, space, 7000)
     assert load_space(path, space.heads + 1, DIM) is None
 
 
 def test_a_folder_that_can_not_be_written_costs_no_more_than_a_warning(monkeypatch):
     monkeypatch.setenv("VLLM_RETRIEVAL_CACHE", "/proc/nowhere")
-    assert not save_space(space_path("model", 0, 1), fed([LEARN_TOKENS]).space())
+    assert not save_space(space_path("model", 0, 1), fed([LEARN_TOKENS]).space(), 7000)
 
 
 def test_the_shared_file_carries_each_head_its_own():
@@ -158,7 +162,7 @@ def test_the_prompt_that_is_learned_from_does_not_wait_and_the_next_request_does
     arena, space = server
     learner = space._learner = fed([LEARN_TOKENS], learner=Slow(LAYERS))
     assert arena.open("first", 1).space == ROTATION
-    space.end()
+    space.look(())
     assert arena.open("first", 1).space == ROTATION
     assert not space.path.exists()
     threading.Timer(0.2, learner.go.set).start()
@@ -177,9 +181,53 @@ def test_what_can_not_be_learned_from_is_said_and_the_next_prompt_is_tried(serve
     learner.begin("a", LEARN_TOKENS)
     for layer in range(LAYERS):
         learner.add(layer, keys, queries)
-    space.end()
+    space.look(())
     assert arena.open("next", 1).space == ROTATION
     assert "no space is learned from this prompt" in caplog.text
     assert space._learner is not None
-    assert not space._learner.complete
+    assert not space._learner.enough
     assert not space.path.exists()
+
+
+def step(space, rows):
+    """A step of the given (request, computed, new tokens); returns the batch tokens that are learned from."""
+    names, computed, lens = zip(*rows, strict=True)
+    starts = np.concatenate(([0], np.cumsum(lens)))
+    metadata = SimpleNamespace(
+        request_ids=list(names), computed=np.array(computed), query_lens=np.array(lens), query_start=starts
+    )
+    plan = StepPlan()
+    space.look(names)
+    space.begin(metadata, plan)
+    keys, queries = tokens(sum(computed), int(starts[-1]))
+    for layer in range(LAYERS):
+        space.add(layer, keys, queries, plan)
+    return plan.learned
+
+
+def test_a_prompt_is_learned_from_to_its_end_whatever_runs_beside_it(server):
+    arena, space = server
+    assert step(space, [("short", 0, 20)]) == (0, 0)
+    assert step(space, [("short", 20, 1), ("long", 0, LEARN_TOKENS)]) == (1, LEARN_TOKENS + 1)
+    assert step(space, [("other", 0, 2000), ("long", LEARN_TOKENS, 300)]) == (2000, 2300)
+    assert arena.open("other", 1).space == ROTATION  # which does not end what is learned from the long one
+    assert space._learner._tokens == LEARN_TOKENS + 300
+    assert step(space, [("other", 2000, 500), ("long", LEARN_TOKENS + 300, 1)]) == (0, 0)
+    assert arena.open("next", 1).space == LEARNED
+
+
+def test_a_prompt_that_was_too_short_makes_room_for_another(server):
+    arena, space = server
+    assert step(space, [("a", 0, 1000)]) == (0, 1000)
+    assert step(space, [("a", 1000, 1), ("b", 0, 900)]) == (1, 901)
+    assert step(space, [("c", 0, LEARN_TOKENS)]) == (0, LEARN_TOKENS)
+    space.finish()
+    assert arena.open("next", 1).space == LEARNED
+
+
+def test_requests_much_longer_than_what_was_learned_from_are_coded_in_the_rotation(server):
+    arena, space = server
+    space._learner = fed([LEARN_TOKENS])
+    space.finish()
+    assert arena.open("as long", 1, 2 * LEARN_TOKENS).space == LEARNED
+    assert arena.open("longer", 1, 2 * LEARN_TOKENS + 1).space == ROTATION

@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm_retrieval_attn.core.options import SearchOptions
 from vllm_retrieval_attn.core.ownership import Split
-from vllm_retrieval_attn.plugin.messages import StepMessage
+from vllm_retrieval_attn.plugin.messages import Opening, StepMessage
 from vllm_retrieval_attn.plugin.worker import RetrievalWorker
 from vllm_retrieval_attn.store.code_pages import CodePages
 from vllm_retrieval_attn.store.requests import RequestStore
@@ -23,7 +23,10 @@ def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
     made.sketch = SimpleNamespace() if codes is not None else None
     layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
     requests = {store.request_id: store for store in stores}
-    made.arena = SimpleNamespace(requests=requests, layout=layout, codes=codes, filled=False)
+    made.arena = SimpleNamespace(
+        requests=requests, layout=layout, codes=codes, filled=False,
+        spare_codes=lambda: codes.pages - codes.used,
+    )  # fmt: skip
     return made
 
 
@@ -86,6 +89,13 @@ def test_a_step_that_is_to_be_compared_may_not(drawn):
     made.sampler = SimpleNamespace(draw=lambda: drawn)
     assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is drawn
     assert needs_pieces(made, StepMessage(resident={"b"}), b=1) is False  # nothing to compare
+
+
+def test_a_request_that_begins_with_what_is_kept_is_no_decode_step():
+    made = worker(CodePages(16))
+    opened = {"a": Opening(5000, tokens=4096, pages=(0, 1, 2))}
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}, opened=opened), a=1) is True
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}, opened={"a": Opening(5000)}), a=1) is False
 
 
 @pytest.mark.parametrize("computed", [0, 64, 65, 1000, 4096, 4097, 4112, 9000])

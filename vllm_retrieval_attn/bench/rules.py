@@ -18,17 +18,15 @@ from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_o
 from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
 from vllm_retrieval_attn.sketch.space import Floats, Space, balanced_for, rotated
 
-LEARNED_FROM = 4096
-"""Keys at the start of a capture that its space is learned from, as in the engine; their queries are not captured, so
-those of the prompt's end stand in."""
-
 
 def space_of(head: Head, learned: bool = True) -> Space:
-    """The space of a captured head, without the first axis."""
+    """The space of a captured head, without the first axis; learned from the whole prompt, as in the engine, but for
+    queries of which every so many are captured."""
     keys = head.K[head.sink : head.bound]
     if not learned:
         return rotated(1, keys.shape[1]).one(0)
-    return balanced_for(keys[:LEARNED_FROM], head.Qprompt.reshape(-1, keys.shape[1])).one(0)
+    asked = head.Qprompt_strided if head.Qprompt_strided.shape[1] else head.Qprompt
+    return balanced_for(keys, asked.reshape(-1, keys.shape[1])).one(0)
 
 
 class Rule(ABC):

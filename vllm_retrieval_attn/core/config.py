@@ -26,6 +26,10 @@ REPLACED = {
 """Knobs of earlier versions, and the one that does their work now."""
 
 
+MOST_SINKS = 64
+"""Prompts whose sinks are kept at most: those of 128 tokens take 2 % of eight times as many tokens."""
+
+
 class RetrievalConfig(BaseModel):
     """Knobs under ``--additional-config '{"retrieval": {...}}'``."""
 
@@ -131,6 +135,18 @@ class ResolvedConfig(RetrievalConfig):
     @property
     def sink_end(self) -> int:
         return self.split.sink_end
+
+    @property
+    def sink_slots(self) -> int:
+        """Prompts whose sinks are kept on the host for others that begin alike; 0 where nothing can be reused."""
+        if self.host_pages == 0 or self.page_tokens % self.block_size:
+            return 0
+        return min(MOST_SINKS, max(4, self.host_pages // 8))
+
+    @property
+    def arena_pages(self) -> int:
+        """Pages of host tokens, then pages with the sinks of ``sink_slots`` prompts."""
+        return self.host_pages + -(-self.sink_slots * self.sink_end // self.page_tokens)
 
     @property
     def host_tokens(self) -> int:

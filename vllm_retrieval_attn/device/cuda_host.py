@@ -140,11 +140,16 @@ class CudaHost:
             device_plan.hosts = HostTables(table_dev, lens_dev, max(tokens), starts_dev)
         return device_plan.hosts
 
-    def host_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer in host memory, as the GPU sees them: (pages, page_tokens, kv_heads, d)."""
+    @property
+    def pages(self) -> torch.Tensor:
+        """Arena.pages as the GPU sees them."""
         if self._seen is None:
             self._seen = on_gpu(self._pages, self.device)
-        keys, values = self._seen[:, layer].unbind(3)
+        return self._seen
+
+    def host_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer in host memory, as the GPU sees them: (pages, page_tokens, kv_heads, d)."""
+        keys, values = self.pages[:, layer].unbind(3)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def fence_mirror(self) -> None:

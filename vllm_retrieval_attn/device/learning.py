@@ -9,7 +9,8 @@ import torch
 from vllm_retrieval_attn.sketch.space import Space, balanced
 
 LEARN_TOKENS = 4096
-"""Tokens of one prompt that the space is learned from."""
+"""Fewest tokens of a prompt that the space is learned from. All that it has are taken: rotary embeddings turn keys and
+queries on with every token, so what a prompt's beginning tells is not true of its end (docs/index.md)."""
 
 
 @dataclass
@@ -64,7 +65,17 @@ class SpaceLearner:
         sums.queries += asked.mT @ asked
 
     @property
-    def complete(self) -> bool:
+    def request(self) -> str | None:
+        """The request that is learned from."""
+        return self._request
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of it so far."""
+        return self._tokens
+
+    @property
+    def enough(self) -> bool:
         """Whether the sums are of enough tokens in every layer."""
         return self._tokens >= LEARN_TOKENS and len(self._sums) == self._layers
 

@@ -41,7 +41,7 @@ class StepPlan:
         decode_ids: their requests. decode_hosts: what they attend to.
         attends_here: the workers are late or gone, so the engine attends to it itself.
         prefill: rows to stream back from the arena.
-        longest: first and last token of the row with most queries; what a space may be learned from.
+        learned: first and last batch token that the model's space is learned from.
         growth: host tokens of each request that may be indexed once what was written before this step has arrived.
         rows_read: (D,) int64, summed over layers and KV heads. searches: how many of those were summed.
         failed: requests of this step whose search failed.
@@ -59,7 +59,7 @@ class StepPlan:
     decode_hosts: list[HostRow] = field(default_factory=list)
     attends_here: bool = False
     prefill: list[HostRow] = field(default_factory=list)
-    longest: tuple[int, int] = (0, 0)
+    learned: tuple[int, int] = (0, 0)
     growth: list[tuple["RequestStore", int]] = field(default_factory=list)
     rows_read: Ints = field(default_factory=no_tokens)
     searches: int = 0
@@ -104,14 +104,15 @@ def make_plan(
     for row, request_id in enumerate(metadata.request_ids):
         epoch = epochs.get(request_id)
         length = int(metadata.query_lens[row])
-        if length - 1 > plan.longest[1] - plan.longest[0]:
-            plan.longest = int(metadata.query_start[row]), int(metadata.query_start[row]) + length
         start, computed = int(metadata.query_start[row]), int(metadata.computed[row])
         if epoch is None or length == 0:
             if graph and sketch is not None:
                 sketch.add_empty(start)
             continue
         store = arena.open(request_id, epoch)
+        if store.sink >= 0 and computed < min(sinks, computed + length):
+            span = computed, min(sinks, computed + length)
+            mirrored.append((np.arange(start, start + span[1] - span[0]), *arena.sink_places(store.sink, *span)))
         old, new = max(0, computed - sinks), max(0, computed + length - sinks)
         if arena.filled and old > store.tokens:
             arena.grow(store, old)

@@ -24,8 +24,9 @@ def needs_workers(
         message: of the step. scheduled: its new tokens by request. options: how to search for a request, unless the
             message tells anew.
     """
-    assert arena.codes is not None
     wanted = 0
+    if any(opening.tokens for opening in message.opened.values()):
+        return True  # a part of a prompt: no decode step
     for request_id, epoch in message.admitted.items():
         store = arena.requests.get(request_id)
         if store is not None and store.epoch != epoch:
@@ -34,7 +35,7 @@ def needs_workers(
             return True
         tokens, held = (store.tokens, len(store.codes)) if store is not None else (0, 0)
         wanted += max(0, arena.layout.page_tokens_owned(tokens + scheduled.get(request_id, 0)) - held)
-    return wanted > arena.codes.pages - arena.codes.used
+    return wanted > arena.spare_codes()
 
 
 def may_attend(message: "StepMessage", arena: "Arena", split: Split) -> bool:

@@ -5,6 +5,7 @@ themselves move inside the attention layer, not through the connector's layer ho
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from vllm_retrieval_attn.core.ledger import HostLedger
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
+from vllm_retrieval_attn.core.prefixes import Prefixes
 from vllm_retrieval_attn.plugin.compat import GRAPHS_KEY
 from vllm_retrieval_attn.plugin.line import WaitingLine
 from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.prefix_reuse import PrefixReuse
 from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.plugin.stats import SCHEDULER, RetrievalMetrics, RetrievalStats
@@ -29,6 +32,7 @@ from vllm_retrieval_attn.plugin.stats import SCHEDULER, RetrievalMetrics, Retrie
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -51,8 +55,15 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         self._group = next(i for i, spec in enumerate(specs) if isinstance(spec, RetrievalSpec))
         self._worker: RetrievalWorker | None = None
-        self._ledger = HostLedger(config.host_pages, config.page_tokens, config.split)
-        self.line = WaitingLine(self._ledger, vllm_config.model_config.max_model_len)
+        prefixes = None
+        if vllm_config.cache_config.enable_prefix_caching and config.sink_slots and len(specs) == 1:
+            # Models with other groups too: their K and V are not on the host.
+            prefixes = Prefixes(config.split, config.page_tokens, config.sink_slots)
+        self._ledger = HostLedger(config.host_pages, config.page_tokens, config.split, prefixes)
+        longest, events = vllm_config.model_config.max_model_len, vllm_config.kv_events_config
+        wants_events = events is not None and events.enable_kv_cache_events
+        self._reuse = PrefixReuse(self._ledger, config, longest, wants_events)
+        self.line = WaitingLine(self._ledger, longest, self._reuse.match)
         self._epochs: dict[str, int] = {}
         self._admissions = 0
         self._released: list[tuple[str, int]] = []
@@ -96,11 +107,12 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             longest = self._vllm_config.model_config.max_model_len
         self._ledger.arrived(request.request_id, longest)
         self.line.arrived(request)
+        self._reuse.arrived(request)
 
-    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         if self.filled and self._ledger.needs_host(request.request_id):
             return max(0, request.num_tokens - 1 - num_computed_tokens), False
-        return 0, False
+        return self._reuse.tokens(request), False
 
     def update_state_after_alloc(self, request: "Request", blocks: Any, num_external_tokens: int) -> None:
         """vLLM schedules a request from its waiting queue: a new one, a preempted one, or a session's next chunk."""
@@ -117,6 +129,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._requested[name] = replace(options, exact=options.exact and before.exact)  # so it tells of every chunk
         if anew:
             self._cached[name] = num_external_tokens
+        self._reuse.admitted(request, self._epochs[name], blocks.get_block_ids()[self._group], anew)
         if not anew or options != search_options(self._config, None):
             self._options[name] = options
 
@@ -132,6 +145,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
                 message.admitted[request_id] = self._epochs[request_id]
             else:
                 message.resident.add(request_id)
+        self._reuse.scheduled(scheduler_output, message)
         for request_id in scheduler_output.preempted_req_ids or ():
             # Admitted again in the same step: the newer epoch tells the worker.
             if request_id not in scheduled and request_id in self._epochs:
@@ -177,10 +191,18 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._seen.setdefault("request_host_tokens", []).append(left_pages if hosted else 0)
         self._sketched.discard(request.request_id)
         # Not in finished_req_ids' time: a new request may have the id by then.
-        self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
         self._ledger.forget(request.request_id)
+        self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
         self.line.left(request.request_id)
+        self._reuse.left(request.request_id)
         return False, {"retrieval": report}
+
+    def take_events(self) -> Iterable["KVCacheEvent"]:
+        return self._reuse.take_events()
+
+    def reset_cache(self) -> bool | None:
+        self._reuse.reset()
+        return True
 
     # ---- both halves
 
@@ -189,7 +211,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
             stats: KVConnectorStats | None = self._worker.take_stats()
             return stats
         seen, self._seen = self._seen, {}
-        return RetrievalStats.of(SCHEDULER, seen=seen) if seen else None
+        now, more = self._reuse.take_stats()
+        return RetrievalStats.of(SCHEDULER, now, more, seen) if seen or more else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

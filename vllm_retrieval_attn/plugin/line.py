@@ -7,6 +7,7 @@ is asked about before vLLM tries to allocate for it (plugin/compat.py), and pass
 
 import logging
 import sys
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,12 @@ class WaitingLine:
     computed anew, as a preempted request is.
 
     Args:
-        max_model_len: vLLM's limit, which it does not check for the chunks of a session.
+        max_model_len: vLLM's limit, which it does not check for the chunks of a session. match: looks up what
+            is kept of a request's prompt, so that the ledger asks for no more than the rest.
     """
 
-    def __init__(self, ledger: "HostLedger", max_model_len: int) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: "HostLedger", max_model_len: int, match: Callable[["Request"], object]) -> None:
+        self._ledger, self._match = ledger, match
         self._max_model_len = max_model_len
         self._sessions: dict[str, Request] = {}
         self._told: set[str] = set()
@@ -76,11 +78,12 @@ class WaitingLine:
         ledger, name = self._ledger, request.request_id
         if self._outgrown(request):
             return Turn.NEVER
+        self._match(request)
         more = ledger.required(name, request.num_tokens)
         if more == 0 or (more <= ledger.free_pages and not self._saving):
             return Turn.GO
         kept = self._kept_by_others(name)
-        if ledger.held.get(name, 0) + more <= ledger.pages - kept:
+        if ledger.held_pages(name) + more <= ledger.pages - kept:
             self._saving = True
             return Turn.WAIT
         gives_up = request.num_computed_tokens > 0
@@ -99,7 +102,7 @@ class WaitingLine:
     def _kept_by_others(self, request_id: str) -> int:
         """Pages that come free at the will of a client only."""
         return sum(
-            self._ledger.held.get(name, 0)
+            self._ledger.held_pages(name)
             for name, session in self._sessions.items()
             if name != request_id and session.status != RequestStatus.RUNNING
         )

@@ -16,7 +16,8 @@ from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 class RetrievalManager(SingleTypeKVCacheManager):
     """Holds ``[0, S)`` and ``[W0, ...)`` of each request; ``[S, W0)`` becomes null blocks.
 
-    Prefix-cache hits are declined: the middle of a cached prefix has no paged blocks to hit.
+    Hits in the paged prefix cache are declined: the middle of a cached prefix has no paged blocks to hit. What is
+    kept on the host (core/prefixes.py) is brought by the connector.
     """
 
     kv_cache_spec: RetrievalSpec
@@ -50,6 +51,8 @@ class RetrievalManager(SingleTypeKVCacheManager):
                 return self.block_pool.num_gpu_blocks + 1  # more than there are: not now
         if total_computed_tokens > num_local_computed_tokens and not self.req_to_blocks.get(request_id):
             sinks, first, last = self._kept(total_computed_tokens, num_tokens)
+            if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+                return min(sinks + last - first, self.max_admission_blocks_per_request)
             return sinks + last - first
         return super().get_num_blocks_to_allocate(
             request_id,

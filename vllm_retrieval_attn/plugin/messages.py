@@ -7,6 +7,28 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm_retrieval_attn.core.options import SearchOptions
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How an admission begins.
+
+    Attributes:
+        longest: tokens that it may come to.
+        sink: slot that its sinks are to be written to, -1: none.
+        tokens: tokens of the prompt that are there already. pages: kept pages that hold them, by number.
+        source, source_tokens: kept page whose first tokens are copied to a page of its own, and how many; -1: none.
+        from_sink: slot that holds its sinks. blocks: paged blocks to fill, those of sinks and those of the window.
+    """
+
+    longest: int
+    sink: int = -1
+    tokens: int = 0
+    pages: tuple[int, ...] = ()
+    source: int = -1
+    source_tokens: int = 0
+    from_sink: int = -1
+    blocks: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
 @dataclass
 class StepMessage(KVConnectorMetadata):
     """Scheduler to worker.
@@ -17,12 +39,17 @@ class StepMessage(KVConnectorMetadata):
         released: (request id, epoch) of admissions that ended (finish, abort, preemption).
         options: how to search, for requests admitted in this step whose options are not the default, and for sessions
             whose next chunk begins in it.
+        opened: of requests admitted in this step, how they begin.
+        kept: (request id, epoch, index of a page of it, number under which it is kept). dropped: numbers.
     """
 
     admitted: dict[str, int] = field(default_factory=dict)
     resident: set[str] = field(default_factory=set)
     released: list[tuple[str, int]] = field(default_factory=list)
     options: dict[str, SearchOptions] = field(default_factory=dict)
+    opened: dict[str, Opening] = field(default_factory=dict)
+    kept: list[tuple[str, int, int, int]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass

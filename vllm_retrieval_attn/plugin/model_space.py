@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,56 +36,76 @@ class ModelSpace:
     def __init__(self, path: Path, arena: "Arena", sketch: Any, sink_end: int) -> None:
         self.path, self._arena, self._sketch, self._sink_end = path, arena, sketch, sink_end
         self._learner: SpaceLearner | None = None
-        self._learning: Future[Space] | None = None
+        self._learning: Future[tuple[Space, int]] | None = None
         arena.before_open = self.settle
         lay = arena.layout
-        space = load_space(path, lay.layers * lay.kv_heads, lay.dim)
-        if space is None:
+        known = load_space(path, lay.layers * lay.kv_heads, lay.dim)
+        if known is None:
             self.forget()
             return
-        self._keep(space)
+        self._keep(*known)
         logger.info("retrieval: the model's space is taken from %s", path)
 
     def forget(self) -> None:
         """Learn the space anew, from the next prompt that is long enough."""
-        self._arena.space = ROTATION
+        self._arena.space, self._arena.space_tokens = ROTATION, 0
         self._learner = SpaceLearner(self._arena.layout.layers)
 
+    def look(self, scheduled: Collection[str]) -> None:
+        """A step is to come, with these requests: one that has no part in it brings no more to learn from."""
+        if self._learner is not None and self._learner.request not in scheduled:
+            self._conclude()
+
     def begin(self, metadata: "RetrievalMetadata", plan: "StepPlan") -> None:
-        """A step begins: note which of its tokens are learned from, in ``plan.longest``."""
+        """A step begins: note which of its tokens are learned from, in ``plan.learned``. A prompt is learned from to
+        its end; if it was long enough, the space is computed then, and if not, another one is tried."""
         if self._learner is None:
             return
-        first, last = plan.longest
-        row = int(np.searchsorted(metadata.query_start, first, side="right")) - 1 if last > first else 0
-        first += max(0, self._sink_end - int(metadata.computed[row])) if last > first else 0
-        plan.longest = (first, last) if last - first >= LEARN_LEAST else (0, 0)
-        if plan.longest[1]:
-            assert metadata.request_ids is not None
+        assert metadata.request_ids is not None
+        lens = np.asarray(metadata.query_lens)
+        row = metadata.request_ids.index(self._learner.request) if self._learner.request in metadata.request_ids else -1
+        if row < 0 or lens[row] < LEARN_LEAST:
+            if self._conclude():
+                return
+            row = int(lens.argmax())
+        first = int(metadata.query_start[row]) + max(0, self._sink_end - int(metadata.computed[row]))
+        last = int(metadata.query_start[row]) + int(lens[row])
+        if last - first >= LEARN_LEAST:
+            plan.learned = first, last
             self._learner.begin(metadata.request_ids[row], last - first)
 
     def add(self, layer: int, key: torch.Tensor, query: torch.Tensor, plan: "StepPlan") -> None:
-        """Learn from the step's longest row, while the space is not known. Shapes as in device/cpu.py."""
-        first, last = plan.longest
+        """Learn from the step's tokens, while the space is not known. Shapes as in device/cpu.py."""
+        first, last = plan.learned
         if self._learner is not None and last > first:
             self._learner.add(layer, key[first:last], query[first:last])
 
-    def end(self) -> None:
-        """A step is over: begin to learn once there is enough. The prompt at hand does not wait for it."""
-        if self._learner is None or not self._learner.complete:
-            return
+    def _conclude(self) -> bool:
+        """Begin to compute the space if the prompt at hand brought enough. Nothing waits for it yet."""
+        if self._learner is None or not self._learner.enough:
+            return False
         learner, self._learner = self._learner, None
         learner.close()
         pool = ThreadPoolExecutor(1, thread_name_prefix="retrieval-space")
         self._learning = pool.submit(self._learn, learner)
         pool.shutdown(wait=False)
+        return True
 
-    def _learn(self, learner: SpaceLearner) -> Space:
+    def _learn(self, learner: SpaceLearner) -> tuple[Space, int]:
         begin = time.monotonic()
         space = learner.space()
-        kept = save_space(self.path, space)
+        kept = save_space(self.path, space, learner.tokens)
         where = f", kept in {self.path}" if kept else ""
-        logger.info("retrieval: learned the model's space in %.1f s%s", time.monotonic() - begin, where)
-        return space
+        logger.info(
+            "retrieval: learned the model's space from %d tokens in %.1f s%s",
+            learner.tokens, time.monotonic() - begin, where,
+        )  # fmt: skip
+        return space, learner.tokens
+
+    def finish(self) -> None:
+        """No prompt is under way: take what the last one brought, and wait for it."""
+        self._conclude()
+        self.settle()
 
     def settle(self) -> None:
         """A request is about to be opened: if what was begun can concern it, wait for it. So which space codes a
@@ -93,13 +114,13 @@ class ModelSpace:
             return
         learning, self._learning = self._learning, None
         try:
-            self._keep(learning.result())
+            self._keep(*learning.result())
         except ValueError as error:
             logger.warning("retrieval: no space is learned from this prompt: %s", error)
             self.forget()
 
-    def _keep(self, space: Space) -> None:
+    def _keep(self, space: Space, tokens: int) -> None:
         self._arena.views.keep_space(space)
         if self._sketch is not None:
             self._sketch.set_space(space)
-        self._arena.space = LEARNED
+        self._arena.space, self._arena.space_tokens = LEARNED, tokens

@@ -54,7 +54,7 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
             dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
             rows=vllm_config.scheduler_config.max_num_seqs,
             entries=most_entries(pages, vllm_config.scheduler_config.max_num_seqs),
-            host_pages=config.host_pages,
+            host_pages=config.arena_pages,
             sketch_pages=pages,
             scale=layer.scale,
             first_head=vllm_config.parallel_config.rank * layer.num_kv_heads,

@@ -39,6 +39,8 @@ GAUGES = {
     "sketch_usage_ratio": Metric("Used share of the GPU memory for codes, of the rank that has least left.", over=max),
     "host_tokens": Metric("Tokens of live requests that host memory holds.", over=max),
     "host_requests": Metric("Live requests that hold host memory.", over=max),
+    "prefix_pages": Metric("Host pages kept for their prefix, by use: shared by live requests, idle.", "use"),
+    "prefix_bytes": Metric("Host memory that these take."),
     "recall": Metric("Recall@100 of the rows read, running mean of compared steps.", "layers", min),
     "mass": Metric("Share of the attention that the rows read carry, likewise.", "layers", min),
     "output_error": Metric("Relative error of a layer's output against exact attention, likewise.", "layers", max),
@@ -56,6 +58,9 @@ COUNTERS = {
     "codes_scored": Metric("Codes scored in decode steps, summed over layers and KV heads."),
     "worker_restarts": Metric("Restarts of CPU workers and of their supervisor."),
     "requests_failed": Metric("Requests that ended with an error of this backend.", over=max),
+    "prefix_hits": Metric("Requests that began with what was kept of their prompt."),
+    "prefix_hit_tokens": Metric("Prompt tokens that need not be computed for that."),
+    "prefix_evicted_pages": Metric("Kept host pages that were dropped, as their memory was wanted."),
     "compared_steps": Metric("Decode steps compared with exact attention.", over=max),
 }
 HISTOGRAMS = {
@@ -159,7 +164,8 @@ class RetrievalMetrics(KVConnectorPromMetrics):
             info.labels(*values, *told.values()).set(1)
             for path in ("sketch", "faiss", "exact", "degraded", "none"):
                 self._made["steps"].labels(*values, path)
-            for name in ("rows_read", "codes_scored", "worker_restarts", "requests_failed", "compared_steps"):
+            for name in ("rows_read", "codes_scored", "worker_restarts", "requests_failed", "compared_steps",
+                         "prefix_hits", "prefix_hit_tokens", "prefix_evicted_pages"):  # fmt: skip
                 self._made[name].labels(*values)
 
     def _child(self, name: str, engine: int) -> Any:

@@ -11,11 +11,12 @@ import torch
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
+from vllm_retrieval_attn.device.restore import copy_codes, copy_rows, make_codes, restore_blocks
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
-from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.messages import Opening, StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.plugin.worker_stats import WorkerStats
@@ -98,6 +99,7 @@ class RetrievalWorker:
         self.hosted = config.index != "none"
         self.sampler: DecodeSampler | None = None
         self.space: ModelSpace | None = None
+        self._to_keep: list[tuple[str, int, int, int]] = []
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
         self.sketch: Any = None
@@ -115,6 +117,7 @@ class RetrievalWorker:
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
         rank = vllm_config.parallel_config.rank
+        sinks = config.sink_end, config.arena_pages - config.host_pages
         self.cuda: Any = None
         if vllm_config.device_config.device_type == "cuda":
             from vllm_retrieval_attn.device.cuda_host import CudaHost, memory_for
@@ -125,10 +128,10 @@ class RetrievalWorker:
             memory = memory_for(layout, device) if self.sketch is not None else None
             if memory is not None:
                 layout = replace(layout, pages_at=memory.address)
-            self.arena = Arena(layout, dtype, rank, config.poison_freed, memory.array if memory else None)
+            self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks, memory.array if memory else None)
             self.cuda = CudaHost(self.arena, device, self.sketch, memory)
         else:
-            self.arena = Arena(layout, dtype, rank, config.poison_freed)
+            self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks)
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
@@ -177,7 +180,7 @@ class RetrievalWorker:
             itemsize=itemsize,
             dtype_code=DTYPE_CODES[str(spec.dtype).removeprefix("torch.")],
             page_tokens=config.page_tokens,
-            pages=config.host_pages,
+            pages=config.arena_pages,
             max_rows=vllm_config.scheduler_config.max_num_seqs,
             table_pages=min(config.host_pages, -(-max_len // config.page_tokens)) + 1,
             actors=config.workers,
@@ -226,11 +229,60 @@ class RetrievalWorker:
     def begin_step(self, message: StepMessage) -> None:
         """Take the scheduler's word before the forward pass: release what ended."""
         if self.hosted:
+            self._to_keep = [one for one in message.kept if not self._keep(*one)]
             for request_id, epoch in message.released:
                 self._release(request_id, epoch)
+            for number in message.dropped:
+                self.arena.drop(number)
+            for request_id, opening in message.opened.items():
+                self._open(request_id, message.admitted[request_id], opening)
             self._options.update(message.options)
             self._allow_indexing()
+            if self.space is not None:
+                self.space.look(message.admitted.keys() | message.resident)
         self._message = message
+
+    def _keep(self, request_id: str, epoch: int, index: int, number: int) -> bool:
+        """Have a page of a request kept; False while it has no such page: it gets it in this step."""
+        store = self.arena.requests.get(request_id)
+        if store is None or store.epoch != epoch or index >= len(store.pages):
+            return False
+        self.arena.keep(store, index, number)
+        return True
+
+    def _open(self, request_id: str, epoch: int, opening: Opening) -> None:
+        """A request is admitted: it takes what others have computed of its prompt."""
+        arena = self.arena
+        store = arena.open(request_id, epoch, opening.longest)
+        store.sink = opening.sink
+        if not opening.tokens:
+            return
+        pages = self.cuda.pages if self.cuda is not None else arena.pages
+        uncoded = arena.adopt(store, opening.pages)
+        tokens = opening.tokens - arena.sinks
+        arena.grow(store, tokens)
+        if opening.source >= 0:
+            source = arena.kept[opening.source]
+            copy_rows(pages, source.page, store.pages[-1], opening.source_tokens)
+            if source.code is not None and source.space == store.space and store.sketched:
+                copy_codes(self.sketch, source.code, store.codes[-1])
+            else:
+                uncoded.append(len(store.pages) - 1)
+        if store.sketched:
+            make_codes(arena, self.sketch, pages, store, uncoded, tokens)
+        store.written(tokens)
+        self._restore(store, opening, pages)
+
+    def _restore(self, store: "RequestStore", opening: Opening, pages: torch.Tensor) -> None:
+        """Fill the paged blocks of the sinks and of the window."""
+        arena, block, sinks = self.arena, self.config.block_size, self.arena.sinks
+        caches = [self._kv_caches[name] for name in self._names]
+        if opening.from_sink >= 0:
+            where = arena.sink_places(opening.from_sink, 0, sinks)
+            restore_blocks(pages, caches, opening.blocks[0], (where[0][::block], where[1][::block]))
+        first = self.config.split.window_start(opening.tokens) - sinks
+        where = arena.token_positions(store, first, opening.tokens - sinks)
+        restore_blocks(pages, caches, opening.blocks[1], (where[0][::block], where[1][::block]))
 
     def _release(self, request_id: str, epoch: int) -> None:
         self.arena.release(request_id, epoch)
@@ -351,12 +403,14 @@ class RetrievalWorker:
 
     def end_step(self) -> None:
         if self.hosted:
+            for one in self._to_keep:
+                if not self._keep(*one):
+                    raise RuntimeError(f"retrieval: {one[0]} has no page {one[2]} to keep")
+            self._to_keep = []
             self._told.step(self._plan)
             self._count_rows()
             if self.sampler is not None:
                 self.sampler.end()
-            if self.space is not None:
-                self.space.end()
             self._written = self.cuda.mirrored() if self.cuda is not None else None
         if self.config.poison_freed:
             self._poison_left_blocks()
@@ -398,7 +452,7 @@ class RetrievalWorker:
         found: dict[str, Any] = {"index": self.config.index}
         if self.hosted:
             if self.space is not None:
-                self.space.settle()
+                self.space.finish()
             found |= {
                 "host_bytes": self.arena.used_bytes,
                 "host_pages": self.arena.used_pages,

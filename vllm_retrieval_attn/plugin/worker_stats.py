@@ -76,9 +76,10 @@ class WorkerStats:
         }  # fmt: skip
         if worker.sketch is not None:
             codes, size = worker.sketch.codes, worker.sketch.geometry.sketch_page_bytes
+            used = codes.pages - worker.arena.spare_codes()  # codes of kept pages that nobody uses make room
             gauges |= {
-                key("sketch_bytes", "used"): codes.used * size, key("sketch_bytes", "capacity"): codes.pages * size,
-                "sketch_usage_ratio": codes.used / max(1, codes.pages),
+                key("sketch_bytes", "used"): used * size, key("sketch_bytes", "capacity"): codes.pages * size,
+                "sketch_usage_ratio": used / max(1, codes.pages),
             }  # fmt: skip
         figures = worker.sampler.figures() if worker.sampler is not None else {}
         for layers, of in figures.items():

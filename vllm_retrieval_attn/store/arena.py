@@ -1,11 +1,18 @@
-"""The host arena of a rank: pages of K and V, given to requests and taken back by (request, epoch)."""
+"""The host arena of a rank: pages of K and V, given to requests and taken back by (request, epoch).
+
+The scheduler has some kept for their prefix (core/prefixes.py): they stay when their request ends, and others share
+them.
+"""
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.sketch.space import LEARNED, ROTATION
 from vllm_retrieval_attn.store.code_pages import CodePages
 from vllm_retrieval_attn.store.layout import (
     SLOT_GENERATION,
@@ -22,8 +29,24 @@ from vllm_retrieval_attn.store.views import Array, Views
 logger = logging.getLogger("vllm.retrieval")
 
 
+SPACE_REACH = 2
+"""How many times as long as the prompt that a space was learned from a request may be to be coded in it: rotary
+embeddings turn keys on, and at four times the length the rotation alone does better (docs/index.md)."""
+
+
 class ArenaFull(RuntimeError):
     """No page is left; the scheduler's ledger should have prevented it."""
+
+
+@dataclass
+class KeptPage:
+    """Attributes:
+    page: of the arena. code: its page of the sketch; None: it lost its codes. space: which space made them.
+    """
+
+    page: int
+    code: int | None
+    space: int
 
 
 class Arena:
@@ -31,19 +54,28 @@ class Arena:
 
     Args:
         layout: shapes. rank: tensor-parallel rank, part of the file's name.
-        poison: overwrite freed pages with NaN (tests). memory: bytes of the pages, where layout.pages_at tells.
+        poison: overwrite freed pages with NaN (tests). sinks: tokens of a prompt's
+            sinks, and pages at the arena's end that hold them. memory: bytes of the pages, where layout.pages_at tells.
 
     Attributes:
         pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file, or over ``memory``.
         queries: (max_rows, heads, dim) tensor over the shared file. outside: (max_rows, heads) float32.
-        space: which space codes the tokens of requests that are opened from now on.
+        space: which space codes the tokens of requests that are opened from now on. space_tokens: tokens that it was
+            learned from; requests of more than SPACE_REACH times as many are coded after the rotation.
+        kept: pages that are kept for their prefix, by the scheduler's numbers.
         codes: pages of the sketch on the GPU; None where there is no sketch.
         uncoded: requests, ever, that the sketch had no room for.
         filled: every page holds synthetic K and V that requests may count on (bench/fill.py).
     """
 
     def __init__(
-        self, layout: Layout, dtype: torch.dtype, rank: int, poison: bool = False, memory: Array | None = None
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        rank: int,
+        poison: bool = False,
+        sinks: tuple[int, int] = (0, 0),
+        memory: Array | None = None,
     ) -> None:
         self.layout = layout
         self.file = SharedFile.create(layout.file_bytes, rank)
@@ -53,10 +85,15 @@ class Arena:
         self.queries = torch.from_numpy(self.views.queries).view(dtype).view(lay.max_rows, lay.heads, lay.dim)
         self.outside = torch.from_numpy(self.views.outside)
         self._poison = poison
-        self._free = list(range(layout.pages - 1, -1, -1))  # low numbers first: memory is touched late
+        self.sinks, self._sink_pages = sinks
+        self._free = list(
+            range(layout.pages - self._sink_pages - 1, -1, -1)
+        )  # low numbers first: memory is touched late
         self._slots = list(range(layout.max_rows - 1, -1, -1))
         self._generation = 0
-        self.space = 0
+        self._users: Counter[int] = Counter()
+        self.kept: dict[int, KeptPage] = {}
+        self.space, self.space_tokens = 0, 0
         self.codes: CodePages | None = None
         self.filled = False
         self.uncoded = 0
@@ -66,7 +103,9 @@ class Arena:
 
     @property
     def used_pages(self) -> int:
-        return self.layout.pages - len(self._free)
+        """Pages that live requests own."""
+        kept = Counter(kept.page for kept in self.kept.values())
+        return sum(users > kept[page] for page, users in self._users.items())
 
     @property
     def used_bytes(self) -> int:
@@ -83,8 +122,8 @@ class Arena:
         """Host tokens of live requests that are, or are about to be, searched through the index."""
         return sum(int(self.views.slots[store.slot, SLOT_INDEXED]) for store in self.requests.values())
 
-    def open(self, request_id: str, epoch: int) -> RequestStore:
-        """The store of an admission; a store of an older epoch is released first."""
+    def open(self, request_id: str, epoch: int, longest: int = 0) -> RequestStore:
+        """The store of an admission of ``longest`` tokens at most; a store of an older epoch is released first."""
         store = self.requests.get(request_id)
         if store is not None and store.epoch == epoch:
             return store
@@ -97,8 +136,10 @@ class Arena:
         self._generation += 1
         store = RequestStore(request_id, epoch, self._slots.pop(), self._generation)
         store.sketched, store.space = self.codes is not None, self.space
+        if store.space == LEARNED and longest > SPACE_REACH * self.space_tokens:
+            store.space = ROTATION
         slot = self.views.slots[store.slot]
-        slot[SLOT_INDEXED], slot[SLOT_SPACE] = 0, self.space
+        slot[SLOT_INDEXED], slot[SLOT_SPACE] = 0, store.space
         slot[SLOT_GENERATION] = store.generation
         self.requests[request_id] = store
         return store
@@ -110,14 +151,101 @@ class Arena:
             if not self._free:
                 raise ArenaFull(f"host arena is full ({self.layout.pages} pages of {self.layout.page_tokens} tokens)")
             page = self._free.pop()
+            self._users[page] = 1
             self.views.tables[store.slot, len(store.pages)] = page
             store.pages.append(page)
         if store.sketched:
             assert self.codes is not None
-            if not self.codes.grow(store.codes, need):
+            if not self._grow_codes(store.codes, need):
                 self.codes.release(store.codes)
                 store.sketched = False
                 self.uncoded += 1
+
+    def _grow_codes(self, held: list[int], need: int) -> bool:
+        """As CodePages.grow; pages that are kept and that nobody uses lose their codes for it."""
+        assert self.codes is not None
+        if self.codes.grow(held, need):
+            return True
+        for kept in self.kept.values():
+            if kept.code is not None and self._users[kept.page] == 1:
+                self.codes.release([kept.code])
+                kept.code = None
+                if self.codes.grow(held, need):
+                    return True
+        return False
+
+    def spare_codes(self) -> int:
+        """Pages of the sketch that requests may still get."""
+        assert self.codes is not None
+        idle = sum(kept.code is not None and self._users[kept.page] == 1 for kept in self.kept.values())
+        return self.codes.pages - self.codes.used + idle
+
+    # ---- pages kept for their prefix
+
+    def keep(self, store: RequestStore, index: int, number: int) -> None:
+        """The page at ``index`` of a request is kept under ``number``."""
+        page = store.pages[index]
+        code = store.codes[index] if store.sketched else None
+        self.kept[number] = KeptPage(page, code, store.space)
+        self._users[page] += 1
+        if code is not None and self.codes is not None:
+            self.codes.share([code])
+
+    def drop(self, number: int) -> None:
+        """A page is kept no longer."""
+        kept = self.kept.pop(number)
+        if kept.code is not None and self.codes is not None:
+            self.codes.release([kept.code])
+        self._leave([kept.page])
+
+    def adopt(self, store: RequestStore, numbers: Sequence[int]) -> list[int]:
+        """A request that holds nothing yet begins with kept pages. All its codes have to be of one space: that of the
+        first page that has any. Returns the indexes of pages whose codes are to be made, of the request's ``codes``."""
+        mine = [self.kept[number] for number in numbers]
+        store.pages = [kept.page for kept in mine]
+        self._users.update(store.pages)
+        self.views.tables[store.slot, : len(mine)] = store.pages
+        spaces = [kept.space for kept in mine if kept.code is not None]
+        if not store.sketched or self.codes is None:
+            return []
+        if spaces:
+            store.space = self.views.slots[store.slot, SLOT_SPACE] = spaces[0]
+        fitting = [kept.code if kept.space == store.space else None for kept in mine]
+        self.codes.share(code for code in fitting if code is not None)
+        fresh: list[int] = []
+        missing = [index for index, code in enumerate(fitting) if code is None]
+        if not self._grow_codes(fresh, len(missing)):
+            self.codes.release([code for code in fitting if code is not None])
+            store.sketched = False
+            self.uncoded += 1
+            return []
+        for index, code in zip(missing, fresh, strict=True):
+            fitting[index] = code
+            if mine[index].code is None:
+                mine[index].code, mine[index].space = code, store.space
+                self.codes.share([code])
+        store.codes = [code for code in fitting if code is not None]
+        return missing
+
+    def sink_places(self, slot: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Page and offset of sink tokens ``[first, last)`` in a slot of ``sinks`` tokens, both int64."""
+        at = slot * self.sinks + np.arange(first, last)
+        base = self.layout.pages - self._sink_pages
+        return base + at // self.layout.page_tokens, at % self.layout.page_tokens
+
+    def _leave(self, pages: Sequence[int]) -> None:
+        """Pages have a user less; what has none is free."""
+        free = []
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                free.append(page)
+        if self._poison and free:
+            self.pages[free] = torch.nan
+        self._free.extend(free)
+
+    # ----
 
     def allow_indexing(self, store: RequestStore, tokens: int) -> None:
         """Let the actors index host tokens ``[0, tokens)``, which must have arrived in the arena."""
@@ -138,10 +266,9 @@ class Arena:
         self.views.words[WORD_GROWTH] += 1  # its indexes can go
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)
-            self.pages[store.pages] = torch.nan
         if self.codes is not None:
             self.codes.release(store.codes)
-        self._free.extend(reversed(store.pages))
+        self._leave(store.pages)
         self._slots.append(store.slot)
 
     def token_positions(self, store: RequestStore, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

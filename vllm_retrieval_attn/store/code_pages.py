@@ -1,8 +1,11 @@
-"""Pages of the sketch on the GPU: which request has which. One page holds the codes of one arena page's tokens."""
+"""Pages of the sketch on the GPU, given out and taken back. One page holds the codes of one arena page's tokens."""
+
+from collections import Counter
+from collections.abc import Iterable
 
 
 class CodePages:
-    """Gives pages out and takes them back; a request has all its host tokens coded, or none.
+    """Counts who has a page. A request has all its host tokens coded, or none.
 
     Args:
         pages: capacity.
@@ -11,6 +14,7 @@ class CodePages:
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self._free = list(range(pages - 1, -1, -1))
+        self._users: Counter[int] = Counter()
 
     @property
     def used(self) -> int:
@@ -21,10 +25,21 @@ class CodePages:
         more = need - len(held)
         if more > len(self._free):
             return False
-        held.extend(self._free.pop() for _ in range(more))
+        for _ in range(more):
+            page = self._free.pop()
+            self._users[page] = 1
+            held.append(page)
         return True
 
+    def share(self, pages: Iterable[int]) -> None:
+        """Somebody else has them as well."""
+        self._users.update(pages)
+
     def release(self, held: list[int]) -> None:
-        """Take back all of ``held``."""
-        self._free.extend(reversed(held))
+        """Take back all of ``held``; free is what nobody has any more."""
+        for page in reversed(held):
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                self._free.append(page)
         held.clear()

@@ -12,6 +12,7 @@ class RequestStore:
     tokens: host tokens written so far, counted from the end of the sink region.
     sketched: whether all host tokens have codes on the GPU. codes: page numbers of these, in token order.
     space: which space codes them (sketch/space.py).
+    sink: slot that the sinks are to be written to, -1: none.
     """
 
     request_id: str
@@ -23,6 +24,7 @@ class RequestStore:
     sketched: bool = False
     codes: list[int] = field(default_factory=list)
     space: int = 0
+    sink: int = -1
 
     def written(self, tokens: int) -> None:
         """Record that host tokens ``[0, tokens)`` are written. Tokens may be written again, never taken back."""

@@ -23,13 +23,14 @@ def space_path(identity: str, rank: int, ranks: int) -> Path:
     return cache_folder() / "spaces" / f"{identity}-{rank}of{ranks}.npz"
 
 
-def save_space(path: Path, space: Space) -> bool:
-    """Keep a space; False where the folder can not be written, which costs the next start its learning."""
+def save_space(path: Path, space: Space, tokens: int) -> bool:
+    """Keep a space, learned from ``tokens`` of a prompt. False where the folder can not be written, which costs the
+    next start its learning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as file:
-            np.savez(file, mean=space.mean, keys=space.keys, queries=space.queries)
+            np.savez(file, mean=space.mean, keys=space.keys, queries=space.queries, tokens=tokens)
         partial.replace(path)
     except OSError as error:
         logger.warning("retrieval: the learned space can not be kept in %s: %s", path.parent, error)
@@ -37,11 +38,13 @@ def save_space(path: Path, space: Space) -> bool:
     return True
 
 
-def load_space(path: Path, heads: int, dim: int) -> Space | None:
-    """The space kept there, or None: there is none, or it does not fit and is removed."""
+def load_space(path: Path, heads: int, dim: int) -> tuple[Space, int] | None:
+    """The space kept there and the tokens that it was learned from. None: there is none, or it does not fit and is
+    removed."""
     try:
         with np.load(path, allow_pickle=False) as file:
             space = Space(*(np.asarray(file[name], np.float32) for name in ("mean", "keys", "queries")))
+            tokens = int(file["tokens"])
         shapes = space.mean.shape, space.keys.shape, space.queries.shape
         if shapes != ((heads, dim), (heads, dim, dim), (heads, dim, dim)):
             raise ValueError(f"shapes {shapes} are not those of {heads} KV heads of size {dim}")
@@ -54,4 +57,4 @@ def load_space(path: Path, heads: int, dim: int) -> Space | None:
         with contextlib.suppress(OSError):
             path.unlink()
         return None
-    return space
+    return space, tokens
