@@ -1,5 +1,6 @@
 """What is reused of a prompt, in vLLM's scheduler without a model (scheduling.py). Tokens on the host are checked."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -13,9 +14,14 @@ from tests.integration.scheduling import BLOCK, PAGE, SINK, Simulation, make_con
 PROMPT = SINK + 5 * PAGE + 3 * BLOCK + 5
 
 
-@pytest.fixture(scope="module")
-def config():
+@functools.cache
+def shared_config():
     return make_config(20, reuse=True)
+
+
+@pytest.fixture
+def config():
+    return shared_config()
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
@@ -170,10 +176,10 @@ DONE = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(asynchronous=st.booleans(), blocks=st.sampled_from([60, 200]), done=DONE)
-def test_whatever_is_shared_every_token_is_the_prompts_own(config, asynchronous, blocks, done):
-    simulation, number = Simulation(config, asynchronous, blocks), 0
+def test_whatever_is_shared_every_token_is_the_prompts_own(asynchronous, blocks, done):
+    simulation, number = Simulation(shared_config(), asynchronous, blocks), 0
     for what, *given_ in done:
         if what == "add":
             prompt, new, own, branch = given_
@@ -189,6 +195,8 @@ def test_whatever_is_shared_every_token_is_the_prompts_own(config, asynchronous,
         elif what == "reset":
             simulation.connector.reset_cache()
         check(simulation.ledger)
+    simulation.run()
+    simulation.add("last", 1, 1)  # a step that tells the worker what was dropped after the one before
     simulation.run()
     assert simulation.nothing_left()
     check(simulation.ledger)

@@ -357,3 +357,24 @@ def test_without_room_for_codes_a_request_goes_without(arena):
     assert arena.adopt(second, [0]) == []
     assert not second.sketched
     assert second.pages == first.pages
+
+
+def test_requests_that_share_pages_have_no_more_together_than_the_kernels_can_take(arena):
+    arena.codes = CodePages(4, together=5)
+    first = arena.open("a", 1)
+    arena.grow(first, 2 * 64)
+    for index in (0, 1):
+        arena.keep(first, index, index)
+    second, third = arena.open("b", 1), arena.open("c", 1)
+    arena.adopt(second, [0, 1])
+    assert (second.sketched, arena.spare_codes()) == (True, 1)
+    arena.adopt(third, [0, 1])
+    assert (third.sketched, third.codes, arena.spare_codes()) == (False, [], 1)
+    arena.grow(second, 3 * 64)
+    assert (second.sketched, arena.spare_codes()) == (True, 0)
+    arena.grow(second, 4 * 64)
+    assert (second.sketched, arena.spare_codes()) == (False, 2)
+    for name in "abc":
+        arena.release(name, 1)
+    assert arena.spare_codes() == 4
+    assert arena.used_codes() == 0

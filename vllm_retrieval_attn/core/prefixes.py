@@ -119,17 +119,27 @@ class Prefixes:
 
     # ---- sinks
 
-    def sink_slot(self, hashes: Sequence[Hashable]) -> tuple[int, bool]:
-        """The slot for a prompt's sinks, and whether they are still to be written there; (-1, False) without sinks."""
-        if not self.first:
-            return -1, False
-        name = hashes[self.first - 1]
-        if name in self._sinks:
-            self._sinks.move_to_end(name)
-            return self._sinks[name], False
-        slot = self._slots.pop() if self._slots else self._sinks.popitem(last=False)[1]
-        self._sinks[name] = slot
-        return slot, True
+    def has_sinks(self, hashes: Sequence[Hashable]) -> bool:
+        """Whether a prompt's sinks are kept, or there are none."""
+        return not self.first or hashes[self.first - 1] in self._sinks
+
+    def take_slot(self) -> int:
+        """A slot for a prompt's sinks, maybe that of those not used for longest; -1: all are being written."""
+        if not self._slots and not self._sinks:
+            return -1
+        return self._slots.pop() if self._slots else self._sinks.popitem(last=False)[1]
+
+    def give_slot(self, slot: int) -> None:
+        """Nothing will be found in a slot that was taken."""
+        self._slots.append(slot)
+
+    def name_sinks(self, hashes: Sequence[Hashable], slot: int) -> bool:
+        """A slot that was taken has a prompt's sinks from now on. False: another has them, and it is given back."""
+        if self.has_sinks(hashes):
+            self.give_slot(slot)
+            return False
+        self._sinks[hashes[self.first - 1]] = slot
+        return True
 
     # ---- a request's pages
 

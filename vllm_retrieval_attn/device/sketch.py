@@ -37,16 +37,16 @@ class Sketch:
     """Codes, spaces, scratch and kernels of one rank.
 
     Args:
-        geometry: shapes. device: the GPU.
+        geometry: shapes. device: the GPU. together: see CodePages; geometry.entries must be enough for it.
 
     Attributes:
         codes: which request has which page. kernels: see device/decode_kernels.py.
         branch: stream of what runs beside the scoring of a layer.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device) -> None:
+    def __init__(self, geometry: Geometry, device: torch.device, together: int) -> None:
         self.geometry, self._device = geometry, device
-        self.codes = CodePages(geometry.sketch_pages)
+        self.codes = CodePages(geometry.sketch_pages, together)
         layers, heads, dim = geometry.layers, geometry.kv_heads, geometry.dim
         turn = torch.from_numpy(rotation(dim).astype(np.float32)).to(device)
         turns = turn.expand(2, layers, heads, dim, dim)

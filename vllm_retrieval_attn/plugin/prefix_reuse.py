@@ -1,8 +1,8 @@
 """The scheduler's half of reuse: which prompts begin with what is kept on the host, and what is kept of them.
 
-The pages of a prompt are published when the step that computes them is scheduled, since later steps run after it. Others
-may count on them from the next step on; until then they wait for what another request is at computing. What is generated
-is published when its request ends or is preempted.
+The pages of a prompt are published when the step that computes them is scheduled, since later steps run after it. So
+others may count on them from the next step on; until then they wait for what another request is at computing. What is
+generated is published when its request ends or is preempted.
 """
 
 from collections.abc import Iterable
@@ -43,6 +43,7 @@ class PrefixReuse:
         self._openings: dict[str, Opening] = {}
         self._prompts: dict[str, int] = {}
         self._publishes: set[str] = set()
+        self._sinking: dict[str, int] = {}
         self._kept: list[tuple[str, int, int, int]] = []
         self._events: list[KVCacheEvent] = []
         self._evicted = 0
@@ -79,19 +80,25 @@ class PrefixReuse:
         match = self._matches.pop(name, NOTHING) if anew else NOTHING
         if anew:
             self._epochs[name] = epoch
-            self._publishes.discard(name)
-            longest = self._max_len if request.resumable else request.num_prompt_tokens + request.max_tokens
-            self._openings[name] = self._opening(match, longest, blocks)
+            self._stop_publishing(name)
+            slot = -1
             if match.tokens:
                 self._publishes.add(name)
                 self._count("prefix_hits", 1)
                 self._count("prefix_hit_tokens", match.tokens)
-        if prefixes is not None and (anew or name in self._publishes):
+            elif prefixes is not None and len(request.block_hashes) >= prefixes.first:
+                if prefixes.has_sinks(request.block_hashes):
+                    self._publishes.add(name)
+                elif (slot := prefixes.take_slot()) >= 0:
+                    self._sinking[name] = slot
+            longest = self._max_len if request.resumable else request.num_prompt_tokens + request.max_tokens
+            self._openings[name] = self._opening(match, longest, slot, blocks)
+        if prefixes is not None and (name in self._publishes or name in self._sinking):
             prefixes.await_blocks(name, request.block_hashes, match.tokens or request.num_computed_tokens)
 
-    def _opening(self, match: Match, longest: int, blocks: list[int]) -> Opening:
+    def _opening(self, match: Match, longest: int, slot: int, blocks: list[int]) -> Opening:
         if not match.tokens:
-            return Opening(longest)
+            return Opening(longest, sink=slot)
         split, size = self._split, self._split.block_size
         window = blocks[split.window_start(match.tokens) // size : match.tokens // size]
         return Opening(
@@ -102,19 +109,14 @@ class PrefixReuse:
 
     def scheduled(self, output: "SchedulerOutput", message: StepMessage) -> None:
         """A step is scheduled: tell the workers how admissions begin, and what is kept from now on."""
-        prefixes, sinks = self._ledger.prefixes, self._split.sink_end
+        prefixes = self._ledger.prefixes
         for name, tokens in output.num_scheduled_tokens.items():
             request = self._requests.get(name)
             if prefixes is None or request is None or not self._ledger.needs_host(name):
                 continue
             computed = request.num_computed_tokens
-            opening = self._openings.get(name)
-            if opening is not None and computed == 0 and sinks <= min(tokens, len(request.block_hashes) * self._block):
-                slot, fresh = prefixes.sink_slot(request.block_hashes)
-                if fresh:
-                    self._openings[name] = Opening(opening.longest, sink=slot)
-                    self._store(request, 0, request.block_hashes[: sinks // self._block])
-                self._publishes.add(name)
+            if name in self._sinking:
+                self._sink(request, computed, tokens)
             if name in self._publishes:
                 self._publish(request, min(computed + tokens, self._prompts[name]))
         message.opened = {name: self._openings.pop(name) for name in list(self._openings) if name in message.admitted}
@@ -131,6 +133,24 @@ class PrefixReuse:
                 gone: list[Any] = changes.removed
                 self._events.append(BlockRemoved([maybe_convert_block_hash(one) for one in gone], MEDIUM, group_idx=0))
 
+    def _sink(self, request: "Request", computed: int, tokens: int) -> None:
+        """Tokens of a prompt are scheduled, and its sinks are not kept yet."""
+        name, prefixes = request.request_id, self._ledger.prefixes
+        assert prefixes is not None
+        if tokens == 1 and computed < self._split.sink_end:
+            self._stop_publishing(name)  # one token may be a graph, which writes no sinks
+        elif computed + tokens >= self._split.sink_end:
+            self._publishes.add(name)
+            if prefixes.name_sinks(request.block_hashes, self._sinking.pop(name)):
+                self._store(request, 0, request.block_hashes[: prefixes.first])
+
+    def _stop_publishing(self, name: str) -> None:
+        self._publishes.discard(name)
+        if self._ledger.prefixes is not None:
+            if name in self._sinking:
+                self._ledger.prefixes.give_slot(self._sinking.pop(name))
+            self._ledger.prefixes.await_no_more(name)
+
     @property
     def _block(self) -> int:
         return self._split.block_size
@@ -145,12 +165,14 @@ class PrefixReuse:
         request = self._requests.get(name)
         if request is not None and name in self._publishes and request.status != RequestStatus.FINISHED_ERROR:
             self._publish(request, request.num_computed_tokens)
+        if name in self._sinking:
+            self._stop_publishing(name)
 
     def left(self, name: str) -> None:
         """The request is over."""
         for part in (self._requests, self._epochs, self._matches, self._openings, self._prompts):
             part.pop(name, None)
-        self._publishes.discard(name)
+        self._stop_publishing(name)
 
     def reset(self) -> None:
         """Forget all that is kept."""

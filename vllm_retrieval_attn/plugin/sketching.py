@@ -10,6 +10,10 @@ from vllm_retrieval_attn.plugin.resolved import resolved_config
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+SHARES = 4
+"""Requests that share pages have so many times as many of them together as there are. Scores of a step take 64 bytes of
+GPU memory a token; where it is not enough, a request is searched by Faiss."""
+
 logger = logging.getLogger("vllm.retrieval")
 
 
@@ -45,6 +49,8 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
     free = torch.cuda.mem_get_info(device)[0]
     limit = None if config.sketch_gb is None else config.sketch_gb * 1e9
 
+    shares = SHARES if vllm_config.cache_config.enable_prefix_caching else 1
+
     def geometry(pages: int) -> Geometry:
         return Geometry(
             layers=config.layers,
@@ -53,7 +59,7 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
             dim=layer.head_size,
             dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
             rows=vllm_config.scheduler_config.max_num_seqs,
-            entries=most_entries(pages, vllm_config.scheduler_config.max_num_seqs),
+            entries=most_entries(shares * pages, vllm_config.scheduler_config.max_num_seqs),
             host_pages=config.arena_pages,
             sketch_pages=pages,
             scale=layer.scale,
@@ -64,7 +70,8 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
         pages = pages_for(geometry(1), config.host_pages, limit, free)
     except ValueError as error:  # a shape that the kernels are not written for
         raise ValueError(f"retrieval: {error}; set sketch_gb to 0, so that the CPU searches alone") from None
-    sketch = Sketch(geometry(_least_of_ranks(pages, config.ranks)), device)
+    pages = _least_of_ranks(pages, config.ranks)
+    sketch = Sketch(geometry(pages), device, shares * pages)
     keep_sketch(sketch)
     logger.info(
         "retrieval: codes of %d host tokens take %.2f GB of the GPU, and %.2f GB beside; host memory holds %d tokens",

@@ -76,7 +76,7 @@ class WorkerStats:
         }  # fmt: skip
         if worker.sketch is not None:
             codes, size = worker.sketch.codes, worker.sketch.geometry.sketch_page_bytes
-            used = codes.pages - worker.arena.spare_codes()  # codes of kept pages that nobody uses make room
+            used = worker.arena.used_codes()
             gauges |= {
                 key("sketch_bytes", "used"): used * size, key("sketch_bytes", "capacity"): codes.pages * size,
                 "sketch_usage_ratio": used / max(1, codes.pages),

@@ -95,6 +95,7 @@ class Arena:
         self.kept: dict[int, KeptPage] = {}
         self.space, self.space_tokens = 0, 0
         self.codes: CodePages | None = None
+        self._coded = 0
         self.filled = False
         self.uncoded = 0
         self.requests: dict[str, RequestStore] = {}
@@ -156,10 +157,11 @@ class Arena:
             store.pages.append(page)
         if store.sketched:
             assert self.codes is not None
-            if not self._grow_codes(store.codes, need):
-                self.codes.release(store.codes)
-                store.sketched = False
-                self.uncoded += 1
+            before = len(store.codes)
+            if self._coded + need - before > self.codes.together or not self._grow_codes(store.codes, need):
+                self._lose_codes(store)
+            else:
+                self._coded += max(0, need - before)
 
     def _grow_codes(self, held: list[int], need: int) -> bool:
         """As CodePages.grow; pages that are kept and that nobody uses lose their codes for it."""
@@ -174,11 +176,25 @@ class Arena:
                     return True
         return False
 
+    def _lose_codes(self, store: RequestStore) -> None:
+        """A request's host tokens are searched by Faiss from now on."""
+        assert self.codes is not None
+        self._coded -= len(store.codes)
+        self.codes.release(store.codes)
+        store.sketched = False
+        self.uncoded += 1
+
     def spare_codes(self) -> int:
         """Pages of the sketch that requests may still get."""
         assert self.codes is not None
         idle = sum(kept.code is not None and self._users[kept.page] == 1 for kept in self.kept.values())
-        return self.codes.pages - self.codes.used + idle
+        return min(self.codes.pages - self.codes.used + idle, self.codes.together - self._coded)
+
+    def used_codes(self) -> int:
+        """Pages of the sketch that live requests have."""
+        assert self.codes is not None
+        idle = sum(kept.code is not None and self._users[kept.page] == 1 for kept in self.kept.values())
+        return self.codes.used - idle
 
     # ---- pages kept for their prefix
 
@@ -214,11 +230,12 @@ class Arena:
         self.codes.share(code for code in fitting if code is not None)
         fresh: list[int] = []
         missing = [index for index, code in enumerate(fitting) if code is None]
-        if not self._grow_codes(fresh, len(missing)):
-            self.codes.release([code for code in fitting if code is not None])
-            store.sketched = False
-            self.uncoded += 1
+        store.codes, shared = [], [code for code in fitting if code is not None]
+        if self._coded + len(mine) > self.codes.together or not self._grow_codes(fresh, len(missing)):
+            self.codes.release(shared)
+            self._lose_codes(store)
             return []
+        self._coded += len(mine)
         for index, code in zip(missing, fresh, strict=True):
             fitting[index] = code
             if mine[index].code is None:
@@ -267,6 +284,7 @@ class Arena:
         if self._poison:
             self.views.tables[store.slot] = -(1 << 40)
         if self.codes is not None:
+            self._coded -= len(store.codes)
             self.codes.release(store.codes)
         self._leave(store.pages)
         self._slots.append(store.slot)

@@ -8,11 +8,12 @@ class CodePages:
     """Counts who has a page. A request has all its host tokens coded, or none.
 
     Args:
-        pages: capacity.
+        pages: capacity. together: pages that live requests may have together, one that several share counted for each
+            of them: the kernels' workspace is made for that. Default: ``pages``.
     """
 
-    def __init__(self, pages: int) -> None:
-        self.pages = pages
+    def __init__(self, pages: int, together: int | None = None) -> None:
+        self.pages, self.together = pages, pages if together is None else together
         self._free = list(range(pages - 1, -1, -1))
         self._users: Counter[int] = Counter()
 
