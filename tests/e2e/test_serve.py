@@ -1,12 +1,15 @@
 """`vllm serve` as a user starts it: spawned processes, HTTP, streaming, errors, shared memory after the end."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -33,11 +36,13 @@ class Server:
         knobs = '{"retrieval": {"host_memory_gb": 0.12, "resident_tokens": 1024, "answer_timeout_s": 60}}'
         # The program must not see this test process's own setting.
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        environment |= {"VLLM_PLUGINS": "retrieval", "RETRIEVAL_VIEW_KEY": "view", "RETRIEVAL_ADMIN_KEY": "admin"}
         self.process = subprocess.Popen(
             [
                 *(vllm, "serve", str(smollm2()), "--attention-backend", "Retrieval", "--additional-config", knobs),
                 *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager", "--port", str(self.port)),
                 *("--served-model-name", "m", "--host", "127.0.0.1", "--kv-cache-memory-bytes", "600000000"),
+                *("--shutdown-timeout", "60"),
             ],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -160,8 +165,74 @@ def test_a_dead_worker_shows_in_the_metrics(server):
     scraped_until(server, lambda found: found["worker_restarts_total"] >= 1 and found["healthy"] == 1, pause_s=3)
 
 
-def test_a_clean_end_leaves_no_file(server):
-    server.process.send_signal(signal.SIGTERM)
+def test_status_is_what_the_metrics_say(server):
+    status, found = asked(server, "status", "view"), scraped(server)
+    (engine,) = status["engines"]
+    assert (status["model"], status["draining"], status["running"]) == ("m", False, 0)
+    assert engine["arena"]["capacity"] == found['arena_bytes,kind="capacity"']
+    assert engine["steps"]["faiss"] == found['steps_total,path="faiss"'] > 0
+    assert engine["rows_read"] == found["rows_read_total"]
+    assert engine["workers"] == {"wanted": 1, "alive": 1, "restarts": found["worker_restarts_total"], "given_up": False}
+    assert asked(server, "config", "view")["resident_tokens"] == 1024
+    assert {"/retrieval/status", "/retrieval/drain"} <= set(asked(server, "/openapi.json")["paths"])
+
+
+def asked(server, path, key=None, method="GET"):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = f"http://127.0.0.1:{server.port}{path if path.startswith('/') else f'/retrieval/{path}'}"
+    request = urllib.request.Request(url, None, headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return json.load(reply)
+
+
+@contextlib.contextmanager
+def a_long_answer(server):
+    """One that is under way; yields a future of its finish reason and the tokens that it got."""
+
+    def listen(stream):
+        chunks = [chunk.choices[0] for chunk in stream if chunk.choices]
+        return chunks[-1].finish_reason, sum(bool(chunk.text) for chunk in chunks)
+
+    stream = server.client.completions.create(
+        model="m", prompt="Attention sinks are " * 60, max_tokens=150, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    first = next(iter(stream))
+    assert first.choices
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(listen, stream)
+
+
+def refused(server):
+    """Seconds until a new request was refused with 503."""
+    begin = time.monotonic()
+    with pytest.raises(openai.InternalServerError, match="draining") as caught:
+        server.client.completions.create(model="m", prompt="Hello", max_tokens=2)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"]
+    return time.monotonic() - begin
+
+
+def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(server):
+    with a_long_answer(server) as answer:
+        assert asked(server, "drain", "admin", "POST") == {"draining": True, "running": 1}
+        assert min(refused(server) for _ in range(3)) < 0.05
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            asked(server, "ready")
+        finish, _ = answer.result(120)
+    assert finish == "length"
+    assert asked(server, "undrain", "admin", "POST") == {"draining": False, "running": 0}
+    assert asked(server, "ready") == {"ready": True, "reason": None}
+    assert server.client.completions.create(model="m", prompt="Hello", max_tokens=2).choices[0].text
+
+
+def test_a_clean_end_leaves_no_file_and_cuts_no_answer(server):
+    with a_long_answer(server) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # until the server has heard
+        assert min(refused(server) for _ in range(3)) < 0.05
+        finish, _ = answer.result(60)
+    assert finish == "length"
     server.process.wait(40)
     deadline = time.monotonic() + 10
     while server.files & ours() and time.monotonic() < deadline:

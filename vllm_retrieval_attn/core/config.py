@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.core.ownership import Split, cdiv
 
 KEY = "retrieval"
 """Key of our knobs in ``--additional-config`` and of the resolved ones in the connector's config."""
@@ -27,7 +27,7 @@ REPLACED = {
 
 
 MOST_SINKS = 64
-"""Prompts whose sinks are kept at most: those of 128 tokens take 2 % of eight times as many tokens."""
+"""Prompts whose sinks are kept at most."""
 
 
 class RetrievalConfig(BaseModel):
@@ -138,15 +138,16 @@ class ResolvedConfig(RetrievalConfig):
 
     @property
     def sink_slots(self) -> int:
-        """Prompts whose sinks are kept on the host for others that begin alike; 0 where nothing can be reused."""
-        if self.host_pages == 0 or self.page_tokens % self.block_size:
-            return 0
-        return min(MOST_SINKS, max(4, self.host_pages // 8))
+        """Prompts whose sinks are kept on the host for others that begin alike; 0 where nothing can be reused: pages
+        are no whole blocks, or so few that those for the sinks would be more than a twentieth of them."""
+        slots = min(MOST_SINKS, max(4, self.host_pages // 8))
+        few = 20 * cdiv(slots * self.sink_end, self.page_tokens) > self.host_pages
+        return 0 if few or not self.host_pages or self.page_tokens % self.block_size else slots
 
     @property
     def arena_pages(self) -> int:
         """Pages of host tokens, then pages with the sinks of ``sink_slots`` prompts."""
-        return self.host_pages + -(-self.sink_slots * self.sink_end // self.page_tokens)
+        return self.host_pages + cdiv(self.sink_slots * self.sink_end, self.page_tokens)
 
     @property
     def host_tokens(self) -> int:

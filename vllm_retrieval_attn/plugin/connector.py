@@ -4,6 +4,7 @@ vLLM makes one object in EngineCore (scheduler half) and one in each worker (wor
 themselves move inside the attention layer, not through the connector's layer hooks.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 _NULL_BLOCK = 0
 
+logger = logging.getLogger("vllm.retrieval")
+
 
 class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
     """Filled into ``kv_transfer_config`` when the backend is selected; not meant to be named by users."""
@@ -55,10 +58,14 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         self._group = next(i for i, spec in enumerate(specs) if isinstance(spec, RetrievalSpec))
         self._worker: RetrievalWorker | None = None
-        prefixes = None
-        if vllm_config.cache_config.enable_prefix_caching and config.sink_slots and len(specs) == 1:
-            # Models with other groups too: their K and V are not on the host.
+        prefixes, caching = None, vllm_config.cache_config.enable_prefix_caching and config.host_pages > 0
+        if caching and config.sink_slots and len(specs) == 1:
             prefixes = Prefixes(config.split, config.page_tokens, config.sink_slots)
+        elif caching and role == KVConnectorRole.SCHEDULER:
+            why = f"host memory of {config.host_pages} pages is too little to keep prefixes in"
+            if len(specs) > 1:  # whose K and V are not on the host
+                why = "this model has sliding-window layers"
+            logger.info("retrieval: every prompt is computed from its begin: %s", why)
         self._ledger = HostLedger(config.host_pages, config.page_tokens, config.split, prefixes)
         longest, events = vllm_config.model_config.max_model_len, vllm_config.kv_events_config
         wants_events = events is not None and events.enable_kv_cache_events

@@ -7,6 +7,7 @@ so a gauge says how things were at ``retrieval_sample_timestamp_seconds``.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -116,11 +117,11 @@ class RetrievalStats(KVConnectorStats):
     def reduce(self) -> dict[str, int | float]:
         """For vLLM's line in the log."""
         now, more = _over(self.data["now"], GAUGES), _over(self.data["more"], COUNTERS)
-        told: dict[str, int | float] = {
+        line: dict[str, int | float] = {
             "host tokens": int(now.get("host_tokens", 0)), "rows read": int(more.get("rows_read", 0)),
             "degraded steps": int(more.get(key("steps", "degraded"), 0)),
         }  # fmt: skip
-        return told
+        return line
 
 
 def _over(sources: dict[str, dict[str, float]], metrics: dict[str, Metric]) -> dict[str, float]:
@@ -130,6 +131,22 @@ def _over(sources: dict[str, dict[str, float]], metrics: dict[str, Metric]) -> d
         for name, value in values.items():
             found[name].append(value)
     return {name: metrics[name.partition("|")[0]].over(values) for name, values in found.items()}
+
+
+@dataclass
+class Told:
+    """What one engine has told this API server.
+
+    Attributes:
+        now: newest gauges. total: counters since the server's start. Names as in the metrics, without their prefix.
+    """
+
+    now: dict[str, float] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+
+
+told: dict[int, Told] = {}
+"""By engine; for the routes (serving/), which share the API server's process with the metrics."""
 
 
 class RetrievalMetrics(KVConnectorPromMetrics):
@@ -155,13 +172,13 @@ class RetrievalMetrics(KVConnectorPromMetrics):
                 name=f"vllm:retrieval_{name}", documentation=metric.text, labelnames=labelnames, buckets=_BUCKETS[name]
             )
         knobs = resolved_config(vllm_config).model_dump(exclude={"cpus"})
-        told = {name: str(value) for name, value in knobs.items()}
+        labels = {name: str(value) for name, value in knobs.items()}
         info = gauge(
             name="vllm:retrieval_config_info", documentation="Knobs of the retrieval backend; always 1.",
-            labelnames=[*labelnames, *told], multiprocess_mode="mostrecent",
+            labelnames=[*labelnames, *labels], multiprocess_mode="mostrecent",
         )  # fmt: skip
         for values in per_engine.values():
-            info.labels(*values, *told.values()).set(1)
+            info.labels(*values, *labels.values()).set(1)
             for path in ("sketch", "faiss", "exact", "degraded", "none"):
                 self._made["steps"].labels(*values, path)
             for name in ("rows_read", "codes_scored", "worker_restarts", "requests_failed", "compared_steps",
@@ -173,14 +190,16 @@ class RetrievalMetrics(KVConnectorPromMetrics):
         return self._made[name].labels(*self.per_engine_labelvalues[engine], *([label] if label else []))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        sources = self._sources[engine_idx]
+        sources, mine = self._sources[engine_idx], told.setdefault(engine_idx, Told())
         for source, values in transfer_stats_data["now"].items():
             sources.setdefault(source, {}).update(values)
         if transfer_stats_data["now"]:
             for name, value in _over(sources, GAUGES).items():
                 self._child(name, engine_idx).set(value)
+                mine.now[name] = value
         for name, value in _over(transfer_stats_data["more"], COUNTERS).items():
             self._child(name, engine_idx).inc(value)
+            mine.total[name] = mine.total.get(name, 0) + value
         for name, values in transfer_stats_data["seen"].items():
             for value in values:
                 self._child(name, engine_idx).observe(value)

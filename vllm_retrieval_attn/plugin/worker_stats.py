@@ -65,7 +65,7 @@ class WorkerStats:
     def _gauges(self, now: float) -> dict[str, float]:
         worker, layout = self._worker, self._worker.arena.layout
         alive = sum(map(worker.pool.lives, worker.pool.pids()))
-        capacity = layout.pages * layout.page_bytes
+        capacity = worker.arena.capacity_bytes
         gauges = {
             "healthy": float(alive == layout.actors), key("workers", "wanted"): layout.actors,
             key("workers", "alive"): alive, "workers_given_up": float(worker.pool.gave_up),

@@ -109,6 +109,11 @@ class Arena:
         return sum(users > kept[page] for page, users in self._users.items())
 
     @property
+    def capacity_bytes(self) -> int:
+        """Bytes of pages that requests can own."""
+        return (self.layout.pages - self._sink_pages) * self.layout.page_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of pages that live requests own."""
         return self.used_pages * self.layout.page_bytes
