@@ -42,6 +42,7 @@ class Server:
                 *(vllm, "serve", str(smollm2()), "--attention-backend", "Retrieval", "--additional-config", knobs),
                 *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager", "--port", str(self.port)),
                 *("--served-model-name", "m", "--host", "127.0.0.1", "--kv-cache-memory-bytes", "600000000"),
+                *("--shutdown-timeout", "60"),
             ],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -53,7 +54,9 @@ class Server:
             assert self.process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120
+        )
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +228,13 @@ def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(server):
     assert server.client.completions.create(model="m", prompt="Hello", max_tokens=2).choices[0].text
 
 
-def test_a_clean_end_leaves_no_file(server):
-    server.process.send_signal(signal.SIGTERM)
+def test_a_clean_end_leaves_no_file_and_cuts_no_answer(server):
+    with a_long_answer(server) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # until the server has heard
+        assert min(refused(server) for _ in range(3)) < 0.05
+        finish, _ = answer.result(60)
+    assert finish == "length"
     server.process.wait(40)
     deadline = time.monotonic() + 10
     while server.files & ours() and time.monotonic() < deadline:

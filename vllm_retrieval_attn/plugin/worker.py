@@ -11,13 +11,13 @@ import torch
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
-from vllm_retrieval_attn.device.restore import copy_codes, copy_rows, make_codes, restore_blocks
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
-from vllm_retrieval_attn.plugin.messages import Opening, StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
+from vllm_retrieval_attn.plugin.prefix_pages import PrefixPages
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.plugin.worker_stats import WorkerStats
 from vllm_retrieval_attn.sketch.space import LEARNED
@@ -99,7 +99,6 @@ class RetrievalWorker:
         self.hosted = config.index != "none"
         self.sampler: DecodeSampler | None = None
         self.space: ModelSpace | None = None
-        self._to_keep: list[tuple[str, int, int, int]] = []
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
         self.sketch: Any = None
@@ -132,6 +131,10 @@ class RetrievalWorker:
             self.cuda = CudaHost(self.arena, device, self.sketch, memory)
         else:
             self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks)
+        self._prefixes = PrefixPages(
+            self.arena, self.sketch, config.split, self._names,
+            lambda: self.cuda.pages if self.cuda is not None else self.arena.pages,
+        )  # fmt: skip
         if layout.indexed:
             self.sampler = DecodeSampler(layout, self.arena.views, config.fidelity)
             self.arena.before_release = lambda store: self.sampler.forget(store.slot) if self.sampler else None
@@ -229,60 +232,18 @@ class RetrievalWorker:
     def begin_step(self, message: StepMessage) -> None:
         """Take the scheduler's word before the forward pass: release what ended."""
         if self.hosted:
-            self._to_keep = [one for one in message.kept if not self._keep(*one)]
+            self._prefixes.keep(message.kept)
             for request_id, epoch in message.released:
                 self._release(request_id, epoch)
             for number in message.dropped:
                 self.arena.drop(number)
             for request_id, opening in message.opened.items():
-                self._open(request_id, message.admitted[request_id], opening)
+                self._prefixes.open(request_id, message.admitted[request_id], opening, self._kv_caches)
             self._options.update(message.options)
             self._allow_indexing()
             if self.space is not None:
                 self.space.look(message.admitted.keys() | message.resident)
         self._message = message
-
-    def _keep(self, request_id: str, epoch: int, index: int, number: int) -> bool:
-        """Have a page of a request kept; False while it has no such page: it gets it in this step."""
-        store = self.arena.requests.get(request_id)
-        if store is None or store.epoch != epoch or index >= len(store.pages):
-            return False
-        self.arena.keep(store, index, number)
-        return True
-
-    def _open(self, request_id: str, epoch: int, opening: Opening) -> None:
-        """A request is admitted: it takes what others have computed of its prompt."""
-        arena = self.arena
-        store = arena.open(request_id, epoch, opening.longest)
-        store.sink = opening.sink
-        if not opening.tokens:
-            return
-        pages = self.cuda.pages if self.cuda is not None else arena.pages
-        uncoded = arena.adopt(store, opening.pages)
-        tokens = opening.tokens - arena.sinks
-        arena.grow(store, tokens)
-        if opening.source >= 0:
-            source = arena.kept[opening.source]
-            copy_rows(pages, source.page, store.pages[-1], opening.source_tokens)
-            if source.code is not None and source.space == store.space and store.sketched:
-                copy_codes(self.sketch, source.code, store.codes[-1])
-            else:
-                uncoded.append(len(store.pages) - 1)
-        if store.sketched:
-            make_codes(arena, self.sketch, pages, store, uncoded, tokens)
-        store.written(tokens)
-        self._restore(store, opening, pages)
-
-    def _restore(self, store: "RequestStore", opening: Opening, pages: torch.Tensor) -> None:
-        """Fill the paged blocks of the sinks and of the window."""
-        arena, block, sinks = self.arena, self.config.block_size, self.arena.sinks
-        caches = [self._kv_caches[name] for name in self._names]
-        if opening.from_sink >= 0:
-            where = arena.sink_places(opening.from_sink, 0, sinks)
-            restore_blocks(pages, caches, opening.blocks[0], (where[0][::block], where[1][::block]))
-        first = self.config.split.window_start(opening.tokens) - sinks
-        where = arena.token_positions(store, first, opening.tokens - sinks)
-        restore_blocks(pages, caches, opening.blocks[1], (where[0][::block], where[1][::block]))
 
     def _release(self, request_id: str, epoch: int) -> None:
         self.arena.release(request_id, epoch)
@@ -403,10 +364,7 @@ class RetrievalWorker:
 
     def end_step(self) -> None:
         if self.hosted:
-            for one in self._to_keep:
-                if not self._keep(*one):
-                    raise RuntimeError(f"retrieval: {one[0]} has no page {one[2]} to keep")
-            self._to_keep = []
+            self._prefixes.step_ends()
             self._told.step(self._plan)
             self._count_rows()
             if self.sampler is not None:
