@@ -224,18 +224,19 @@ class Simulation:
             store = self.stores[name] = Store(epoch)
         if opening.sink >= 0:
             self.sinks[opening.sink] = store
-        if not opening.tokens:
+        match = opening.match
+        if not match.tokens:
             return
-        store.written += self.sinks[opening.from_sink].written[:SINK]
-        for index, number in enumerate(opening.pages):
+        store.written += self.sinks[match.sink].written[:SINK]
+        for index, number in enumerate(match.pages):
             store.written += self._content(number)
             store.pages[index] = id(self.kept[number][0]), self.kept[number][1]
-        if opening.source >= 0:
-            store.written += self._content(opening.source)[: opening.source_tokens]
-        assert len(store.written) == opening.tokens
+        if match.source is not None:
+            store.written += self._content(match.source)[: match.blocks * BLOCK]
+        assert len(store.written) == match.tokens
         split = self.connector._config.split
         assert len(opening.blocks[0]) == SINK // BLOCK
-        assert len(opening.blocks[1]) == (opening.tokens - split.window_start(opening.tokens)) // BLOCK
+        assert len(opening.blocks[1]) == (match.tokens - split.window_start(match.tokens)) // BLOCK
         assert 0 not in opening.blocks[0] + opening.blocks[1]
 
     def _write(self, name: str, epoch: int, computed: int, new: int) -> None:

@@ -208,7 +208,7 @@ def check(ledger):
     """Users and account follow from who holds what."""
     prefixes, users = ledger.prefixes, dict.fromkeys(ledger.prefixes.kept, 0)
     for held in ledger.held.values():
-        for page in [*held.pages, held.source]:
+        for page in [*held.pages, held.match.source]:
             if page is not None:
                 users[page] += 1
     assert {number: page.users for number, page in prefixes.kept.items()} == users

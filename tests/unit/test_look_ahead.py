@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm_retrieval_attn.core.options import SearchOptions
 from vllm_retrieval_attn.core.ownership import Split
+from vllm_retrieval_attn.core.prefixes import Match
 from vllm_retrieval_attn.plugin.messages import Opening, StepMessage
 from vllm_retrieval_attn.plugin.worker import RetrievalWorker
 from vllm_retrieval_attn.store.code_pages import CodePages
@@ -93,7 +94,7 @@ def test_a_step_that_is_to_be_compared_may_not(drawn):
 
 def test_a_request_that_begins_with_what_is_kept_is_no_decode_step():
     made = worker(CodePages(16))
-    opened = {"a": Opening(5000, tokens=4096, pages=(0, 1, 2))}
+    opened = {"a": Opening(5000, match=Match(4096, (0, 1, 2)))}
     assert needs_pieces(made, StepMessage(admitted={"a": 1}, opened=opened), a=1) is True
     assert needs_pieces(made, StepMessage(admitted={"a": 1}, opened={"a": Opening(5000)}), a=1) is False
 

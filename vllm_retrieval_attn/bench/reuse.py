@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_retrieval_attn.bench.decode import SHAPES, Load, _prompt, start
+from vllm_retrieval_attn.bench.decode import _SKIP, SHAPES, Load, _prompt, start
 from vllm_retrieval_attn.bench.engine import InProcessEngine
 
 _QUESTION = 64
-_SKIP = 6
 
 
 def measure(shape: str, context: int, questions: int, batch: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

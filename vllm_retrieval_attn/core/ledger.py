@@ -19,12 +19,12 @@ class Held:
     """What a request holds.
 
     Attributes:
-        pages: in order; number of a kept page, or None for one of its own. source: kept page that it copies from.
+        pages: in order; number of a kept page, or None for one of its own. match: what it began with.
         published: blocks of it that others may match.
     """
 
     pages: list[int | None] = field(default_factory=list)
-    source: int | None = None
+    match: Match = NOTHING
     published: int = 0
 
     @property
@@ -110,7 +110,7 @@ class HostLedger:
             match = self._matches.pop(request_id, NOTHING)
             if not more and not match.tokens:
                 return
-            held = self.held[request_id] = Held(list(match.pages), match.source)
+            held = self.held[request_id] = Held(list(match.pages), match)
             if self.prefixes is not None:
                 self.prefixes.use(match)
                 held.published = self.prefixes.first + len(match.pages) * self.prefixes.page_blocks
@@ -143,8 +143,8 @@ class HostLedger:
         self._own -= held.own
         if self.prefixes is not None:
             self.prefixes.leave([number for number in held.pages if number is not None])
-            if held.source is not None:
-                self.prefixes.leave([held.source])
+            if held.match.source is not None:
+                self.prefixes.leave([held.match.source])
             self.prefixes.await_no_more(request_id)
 
     def forget(self, request_id: str) -> None:

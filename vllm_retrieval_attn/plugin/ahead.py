@@ -25,7 +25,7 @@ def needs_workers(
             message tells anew.
     """
     wanted = 0
-    if any(opening.tokens for opening in message.opened.values()):
+    if any(opening.match.tokens for opening in message.opened.values()):
         return True  # a part of a prompt: no decode step
     for request_id, epoch in message.admitted.items():
         store = arena.requests.get(request_id)
@@ -35,7 +35,7 @@ def needs_workers(
             return True
         tokens, held = (store.tokens, len(store.codes)) if store is not None else (0, 0)
         wanted += max(0, arena.layout.page_tokens_owned(tokens + scheduled.get(request_id, 0)) - held)
-    return wanted > arena.spare_codes()
+    return wanted > 0 and wanted > arena.spare_codes()  # which looks at all kept pages: seldom
 
 
 def may_attend(message: "StepMessage", arena: "Arena", split: Split) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from vllm_retrieval_attn.core.options import SearchOptions
+from vllm_retrieval_attn.core.prefixes import NOTHING, Match
 
 
 @dataclass(frozen=True)
@@ -14,18 +15,12 @@ class Opening:
     Attributes:
         longest: tokens that it may come to.
         sink: slot that its sinks are to be written to, -1: none.
-        tokens: tokens of the prompt that are there already. pages: kept pages that hold them, by number.
-        source, source_tokens: kept page whose first tokens are copied to a page of its own, and how many; -1: none.
-        from_sink: slot that holds its sinks. blocks: paged blocks to fill, those of sinks and those of the window.
+        match: what is there of its prompt. blocks: paged blocks to fill with it, of sinks and of the window.
     """
 
     longest: int
     sink: int = -1
-    tokens: int = 0
-    pages: tuple[int, ...] = ()
-    source: int = -1
-    source_tokens: int = 0
-    from_sink: int = -1
+    match: Match = NOTHING
     blocks: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 

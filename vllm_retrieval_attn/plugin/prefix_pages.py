@@ -55,14 +55,15 @@ class PrefixPages:
         arena = self._arena
         store = arena.open(request_id, epoch, opening.longest)
         store.sink = opening.sink
-        if not opening.tokens:
+        match = opening.match
+        if not match.tokens:
             return
-        uncoded = arena.adopt(store, opening.pages)
-        tokens = opening.tokens - arena.sinks
+        uncoded = arena.adopt(store, match.pages)
+        tokens = match.tokens - arena.sinks
         arena.grow(store, tokens)
-        if opening.source >= 0:
-            source = arena.kept[opening.source]
-            copy_rows(self._pages(), source.page, store.pages[-1], opening.source_tokens)
+        if match.source is not None:
+            source = arena.kept[match.source]
+            copy_rows(self._pages(), source.page, store.pages[-1], match.blocks * self._split.block_size)
             if source.code is not None and source.space == store.space and store.sketched:
                 copy_codes(self._sketch, source.code, store.codes[-1])
             else:
@@ -75,9 +76,9 @@ class PrefixPages:
     def _restore(self, store: "RequestStore", opening: Opening, caches: Sequence[torch.Tensor]) -> None:
         """Fill the paged blocks of the sinks and of the window."""
         arena, block, sinks = self._arena, self._split.block_size, self._arena.sinks
-        if opening.from_sink >= 0:
-            where = arena.sink_places(opening.from_sink, 0, sinks)
+        if opening.match.sink >= 0:
+            where = arena.sink_places(opening.match.sink, 0, sinks)
             restore_blocks(self._pages(), caches, opening.blocks[0], (where[0][::block], where[1][::block]))
-        first = self._split.window_start(opening.tokens) - sinks
-        where = arena.token_positions(store, first, opening.tokens - sinks)
+        first = self._split.window_start(opening.match.tokens) - sinks
+        where = arena.token_positions(store, first, opening.match.tokens - sinks)
         restore_blocks(self._pages(), caches, opening.blocks[1], (where[0][::block], where[1][::block]))

@@ -39,7 +39,6 @@ class PrefixReuse:
         self._split, self._wants_events = config.split, events
         self._requests: dict[str, Request] = {}
         self._epochs: dict[str, int] = {}
-        self._matches: dict[str, Match] = {}
         self._openings: dict[str, Opening] = {}
         self._prompts: dict[str, int] = {}
         self._publishes: set[str] = set()
@@ -55,11 +54,9 @@ class PrefixReuse:
 
     def match(self, request: "Request") -> Match:
         """What is kept of the prompt of a request that holds nothing."""
-        name = request.request_id
         usable = request.num_computed_tokens == 0 and not request.skip_reading_prefix_cache
-        match = self._ledger.match(name, request.block_hashes if usable else (), request.num_tokens - 1)
-        self._matches[name] = match
-        return match
+        hashes = request.block_hashes if usable else ()
+        return self._ledger.match(request.request_id, hashes, request.num_tokens - 1)
 
     def tokens(self, request: "Request") -> int | None:
         """Tokens of a prompt that need not be computed; None: ask again, since another request is at computing more."""
@@ -77,7 +74,8 @@ class PrefixReuse:
         self._prompts[name] = request.num_tokens
         if not self._ledger.needs_host(name):
             return
-        match = self._matches.pop(name, NOTHING) if anew else NOTHING
+        held = self._ledger.held.get(name)
+        match = held.match if anew and held is not None else NOTHING
         if anew:
             self._epochs[name] = epoch
             self._stop_publishing(name)
@@ -101,11 +99,7 @@ class PrefixReuse:
             return Opening(longest, sink=slot)
         split, size = self._split, self._split.block_size
         window = blocks[split.window_start(match.tokens) // size : match.tokens // size]
-        return Opening(
-            longest, tokens=match.tokens, pages=match.pages, source=-1 if match.source is None else match.source,
-            source_tokens=match.blocks * size, from_sink=match.sink,
-            blocks=(tuple(blocks[: split.sink_end // size]), tuple(window)),
-        )  # fmt: skip
+        return Opening(longest, match=match, blocks=(tuple(blocks[: split.sink_end // size]), tuple(window)))
 
     def scheduled(self, output: "SchedulerOutput", message: StepMessage) -> None:
         """A step is scheduled: tell the workers how admissions begin, and what is kept from now on."""
@@ -170,7 +164,7 @@ class PrefixReuse:
 
     def left(self, name: str) -> None:
         """The request is over."""
-        for part in (self._requests, self._epochs, self._matches, self._openings, self._prompts):
+        for part in (self._requests, self._epochs, self._openings, self._prompts):
             part.pop(name, None)
         self._stop_publishing(name)
 

@@ -4,7 +4,6 @@ vLLM itself answers new requests with status 200 and no text while it shuts down
 """
 
 import json
-import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,37 +16,25 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Drain:
-    """Whether this API server takes new requests."""
+    """Whether this API server takes new requests.
+
+    Attributes:
+        asked: somebody wants it drained. ending: it was told to end (SIGTERM), which nothing takes back.
+    """
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._ending = threading.Event()
+        self.asked = self.ending = False
 
     @property
     def active(self) -> bool:
-        return self._asked.is_set() or self._ending.is_set()
-
-    @property
-    def ending(self) -> bool:
-        """Whether the server is shutting down, which nothing takes back."""
-        return self._ending.is_set()
-
-    def begin(self) -> None:
-        self._asked.set()
-
-    def end(self) -> None:
-        self._asked.clear()
-
-    def shut_down(self) -> None:
-        """The server was told to end (SIGTERM)."""
-        self._ending.set()
+        return self.asked or self.ending
 
     def watch(self, engine_client: Any) -> None:
         """Hear of vLLM's shutdown: it stops its engine client first, and answers requests until that is done."""
         stop = engine_client.shutdown
 
         def stopping(*args: Any, **more: Any) -> Any:
-            self.shut_down()
+            self.ending = True
             return stop(*args, **more)
 
         engine_client.shutdown = stopping

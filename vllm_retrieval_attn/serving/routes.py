@@ -58,7 +58,7 @@ def router(drain: Drain, view_key: str | None, admin_key: str | None) -> APIRout
     @made.post("/drain", dependencies=[changing])
     def begin(request: Request) -> Draining:
         """Answer new requests with 503; running ones finish."""
-        drain.begin()
+        drain.asked = True
         return Draining(draining=drain.active, running=running(request.app.state.engine_client))
 
     @made.post("/undrain", dependencies=[changing])
@@ -66,7 +66,7 @@ def router(drain: Drain, view_key: str | None, admin_key: str | None) -> APIRout
         """Take new requests again."""
         if drain.ending:
             raise HTTPException(409, "retrieval: the server is shutting down; start a new one")
-        drain.end()
+        drain.asked = False
         return Draining(draining=drain.active, running=running(request.app.state.engine_client))
 
     return made

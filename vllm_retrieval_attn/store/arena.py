@@ -54,8 +54,8 @@ class Arena:
 
     Args:
         layout: shapes. rank: tensor-parallel rank, part of the file's name.
-        poison: overwrite freed pages with NaN (tests). sinks: tokens of a prompt's
-            sinks, and pages at the arena's end that hold them. memory: bytes of the pages, where layout.pages_at tells.
+        poison: overwrite freed pages with NaN (tests). sinks: tokens of a prompt's sinks, and pages at
+            the arena's end that hold them. memory: bytes of the pages, where layout.pages_at tells.
 
     Attributes:
         pages: (pages, layers, kv_heads, page_tokens, 2, dim) tensor over the shared file, or over ``memory``.
@@ -86,9 +86,8 @@ class Arena:
         self.outside = torch.from_numpy(self.views.outside)
         self._poison = poison
         self.sinks, self._sink_pages = sinks
-        self._free = list(
-            range(layout.pages - self._sink_pages - 1, -1, -1)
-        )  # low numbers first: memory is touched late
+        # Low numbers first: memory is touched late.
+        self._free = list(range(layout.pages - self._sink_pages - 1, -1, -1))
         self._slots = list(range(layout.max_rows - 1, -1, -1))
         self._generation = 0
         self._users: Counter[int] = Counter()
@@ -192,8 +191,7 @@ class Arena:
     def spare_codes(self) -> int:
         """Pages of the sketch that requests may still get."""
         assert self.codes is not None
-        idle = sum(kept.code is not None and self._users[kept.page] == 1 for kept in self.kept.values())
-        return min(self.codes.pages - self.codes.used + idle, self.codes.together - self._coded)
+        return min(self.codes.pages - self.used_codes(), self.codes.together - self._coded)
 
     def used_codes(self) -> int:
         """Pages of the sketch that live requests have."""
@@ -267,7 +265,7 @@ class Arena:
             self.pages[free] = torch.nan
         self._free.extend(free)
 
-    # ----
+    # ---- indexes, and the end
 
     def allow_indexing(self, store: RequestStore, tokens: int) -> None:
         """Let the actors index host tokens ``[0, tokens)``, which must have arrived in the arena."""
