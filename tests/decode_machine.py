@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.device import decode_twin as twin
-from vllm_retrieval_attn.device.decode_kernels import Buffers, scratch, scratch_bytes
+from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, parts_of, scratch, scratch_bytes
 from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, StepRow, descriptor_of, items_of
 from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.sketch import codes, sampling
@@ -215,7 +215,19 @@ def check_layer(machine):
             got = inputs[3][number, mine].float().cpu().numpy()
             np.testing.assert_allclose(got, want[2], atol=2e-2, rtol=2e-2)
     assert torch.equal(inputs[3][1], before[1])
-    assert machine.work.read.cpu().tolist() == total.tolist()
+    read = machine.work.read.cpu()
+    assert read[: len(total)].tolist() == total.tolist()
+    assert not read[len(total) : -STAMPS].any()
+    check_stamps(read[-STAMPS:].numpy(), layers=1)
+
+
+def check_stamps(stamps, layers):
+    """Every part began after the one before it, in that many layers, and none took a minute."""
+    assert stamps[0] == layers
+    parts = parts_of(stamps)
+    assert list(parts) == ["write", "score", "weigh", "gather", "merge"]
+    assert all(0 <= seconds < 60 for seconds in parts.values())
+    assert sum(parts.values()) > 0
 
 
 def check_written(machine, rows, inputs, arena, sketch):

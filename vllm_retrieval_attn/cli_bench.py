@@ -156,6 +156,31 @@ def reuse(
 
 
 @bench.command()
+def watch(
+    tokenizer: Annotated[str, typer.Option(help="Folder or name of a tokenizer.")],
+    shape: Shape = "llama-3-8b",
+    context: Annotated[int, typer.Option(help="Prompt tokens.")] = 32_000,
+    tokens: Tokens = 300,
+    rows: Annotated[int, typer.Option(help="Host rows that a step reads for a KV head.")] = 512,
+    pairs: Annotated[int, typer.Option(help="Pairs of requests: 5, 10 or 20.")] = 10,
+    knobs: Annotated[str, typer.Option(help="JSON: our knobs.")] = "{}",
+    serve: Annotated[str, typer.Option(help="More arguments of `vllm serve`.")] = "",
+    out: Out = None,
+) -> None:
+    """A decode step of a server that is watched (metrics, events, page) against one that tells nothing."""
+    import shlex
+    import tempfile
+
+    from vllm_retrieval_attn.bench.watch import Workload, measure
+
+    if pairs not in (5, 10, 20):
+        raise typer.BadParameter("must be 5, 10 or 20", param_hint="--pairs")
+    with tempfile.TemporaryDirectory() as folder:
+        load = Workload(context, tokens, rows, pairs, json.loads(knobs))
+        _told(measure(shape, tokenizer, load, Path(folder), shlex.split(serve)), out)
+
+
+@bench.command()
 def timeline(
     plot: Annotated[Path, typer.Option(help="PNG to write.", dir_okay=False)],
     contexts: Contexts = "131072",

@@ -30,6 +30,7 @@ _PTX = (
     (r'asm\("cvt\.f32\.f16.*?\);', "y = ptx_of_half(x);"),
     (r'asm\("cvt\.rn\.f16\.f32.*?\);', "y = ptx_to_half(x);"),
     (r'asm\("cvt\.rn\.bf16\.f32.*?\);', "y = ptx_to_bfloat16(x);"),
+    (r'asm volatile\("mov\.u64 %0, %%globaltimer.*?\);', "now = ptx_clock_ns();"),
     (r'asm\("mma\.sync.*?\);', "ptx_mma(c, a0, a1, a2, a3, b0, b1);"),
 )
 BLOCKS = 5

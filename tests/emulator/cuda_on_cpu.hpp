@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -175,6 +176,11 @@ static unsigned short ptx_to_half(float x) { return bits<unsigned short>((_Float
 static unsigned short ptx_to_bfloat16(float x) {
     const unsigned b = bits<unsigned>(x);
     return (unsigned short)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+static unsigned long long ptx_clock_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+        std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // mma.m16n8k32: of A a thread has rows r, r + 8 and four bytes of each half of k; of B column r; of C

@@ -11,7 +11,8 @@
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
-#   engine     tests/gpu/test_sketch_engine.py, test_reuse_engine.py, test_without_workers.py;  http     tests/gpu/test_tpot_over_http.py
+#   watch      row "a watched server"
+#   engine     tests/gpu/test_sketch_engine.py, test_reuse_engine.py, test_without_workers.py (reuse-test: the second alone);  http     tests/gpu/test_tpot_over_http.py
 #
 # Without an installed package, PYTHONPATH must name this repository and vLLM.
 set -u
@@ -60,6 +61,8 @@ for stage in "$@"; do
   reuse) cli bench reuse --json "$OUT/reuse.json" --options "{$(graphs 1,2,4,8),\"retrieval\":{\"host_memory_gb\":60}}" ;;
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
+  watch) cli bench watch --tokenizer "$MODEL" --json "$OUT/watch.json" --serve "--gpu-memory-utilization 0.45" ;;
+  reuse-test) run python3 -m pytest -p no:cacheprovider tests/gpu/test_reuse_engine.py ;;
   engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py tests/gpu/test_reuse_engine.py
     run python3 -m pytest -p no:cacheprovider tests/gpu/test_without_workers.py ;;
   http) RETRIEVAL_TEST_TOKENIZER=$MODEL run python3 -m pytest -s -p no:cacheprovider tests/gpu/test_tpot_over_http.py ;;

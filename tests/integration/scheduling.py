@@ -179,7 +179,8 @@ class Simulation:
         manager = self.scheduler.kv_cache_manager
         free = manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1
         connector = self.connector
-        told = (connector._epochs, connector._requested, connector._cached, connector._read)
+        log = connector.log
+        told = (connector._epochs, log._live, log._options, log._cached, log._read)
         return free and not (self.stores or self.ledger.held or any(told) or self.scheduler.requests)
 
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:

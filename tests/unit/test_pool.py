@@ -85,7 +85,7 @@ def test_a_dead_supervisor_is_replaced_and_its_workers_with_it(made):
     await_that(lambda: pool.supervisor_pid != supervisor and pool.alive())
     assert not set(before) & set(pool.pids())
     assert not any(pool.lives(pid) for pid in before)
-    assert pool.restarts == 1
+    assert pool.restarts == {"supervisor": 1}
 
 
 def test_a_silent_supervisor_is_replaced(made, monkeypatch):
@@ -93,15 +93,26 @@ def test_a_silent_supervisor_is_replaced(made, monkeypatch):
     pool = made()
     supervisor = pool.supervisor_pid
     await_that(lambda: pool.supervisor_pid != supervisor)
-    assert pool.restarts >= 1
+    assert pool.restarts["supervisor"] >= 1
 
 
 def test_a_silent_worker_is_ended(made):
     pool = made()
     pid = pool.pids()[1]
     pool._views.words[0] = 7  # a message that nobody answers
-    await_that(lambda: not pool.lives(pid))
+    await_that(lambda: not pool.lives(pid) and pool.alive())
+    assert pool.restarts == {"silent": 1}
     assert pool._supervisor.poll() is None
+
+
+def test_a_worker_is_restarted_when_somebody_asks(made):
+    pool = made()
+    before = pool.pids()
+    assert pool.restart(1)
+    await_that(lambda: pool.pids()[1] != before[1] and pool.alive())
+    assert pool.pids()[0] == before[0]
+    assert pool.restarts == {"asked": 1}
+    assert not pool.gave_up
 
 
 def test_after_too_many_restarts_there_are_no_more(made, caplog):
@@ -109,11 +120,11 @@ def test_after_too_many_restarts_there_are_no_more(made, caplog):
     pool.plan = replace(pool.plan, setup=replace(pool.plan.setup, scale=-1.0))
     pool._supervisor.kill()
     await_that(lambda: pool.gave_up)
-    assert pool.restarts == MOST_RESTARTS + 1
+    assert pool.restarts.total() == MOST_RESTARTS + 1
     assert "there will be no more" in caplog.text
     assert "the scale is negative" in caplog.text
     time.sleep(0.5)
-    assert pool.restarts == MOST_RESTARTS + 1
+    assert pool.restarts.total() == MOST_RESTARTS + 1
     assert pool._supervisor.poll() is not None
     assert not pool.alive()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.device.plan import StepPlan
     from vllm_retrieval_attn.store.arena import Arena
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 
 @dataclass

@@ -226,6 +226,18 @@ __device__ __forceinline__ u16 to_element(float x) {
 #endif
 }
 
+// When a layer's kernels ran: sums over layers of the GPU's clock in ns, modulo 2^64, behind the rows of `read`. Nobody
+// waits for these additions.
+enum { STAMP_LAYERS, STAMP_WRITE, STAMP_SCORE, STAMP_WEIGH, STAMP_GATHER, STAMP_MERGE, STAMP_END };
+
+__device__ __forceinline__ void stamp(const State& s, int which) {
+    if (blockIdx.x || threadIdx.x || s.descriptor[0] <= 0) return;
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    atomicAdd((u64*)s.read + s.rows + which, now);
+    if (which == STAMP_WRITE) atomicAdd((u64*)s.read + s.rows + STAMP_LAYERS, (u64)1);
+}
+
 #define MINUS_INF __int_as_float(0xff800000)
 
 // FlashAttention says +inf for a row without keys.

@@ -275,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     __shared__ float2 shares[GROUP];
     __shared__ int following;
     const int rows = rows_of(s), runs = entries_of(s) / RUN * (int)s.heads;
+    stamp(s, STAMP_GATHER);
     Item item;
     int at = blockIdx.x;
     if (at < runs) begin_run(s, q, rows, at, item, a);

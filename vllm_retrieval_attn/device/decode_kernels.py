@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_retrieval_attn.device.decode_step import MOST_LAYERS, PAGE, TILES, Geometry
@@ -62,7 +63,7 @@ class Scratch(NamedTuple):
         counts: (runs,) int32 keys taken of RUN neighbouring items. ticket: (1,) int32, the next run that nobody takes.
         taken: (items, 256) uint8, bit k of byte b: key 4 b + k of the page.
         sums: (runs, G, d) float32, stats: (runs, G, 2) float32: a run's partial, unnormalised, with top and total.
-        read: (R,) int64, rows read, ever growing.
+        read: (R + STAMPS,) int64, rows read, ever growing; then time stamps (parts_of).
     """
 
     digits: torch.Tensor
@@ -101,7 +102,7 @@ def _parts(g: Geometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "taken": ((g.items, PAGE // 4), torch.uint8),
         "sums": ((g.runs, g.group, g.dim), torch.float32),
         "stats": ((g.runs, g.group, 2), torch.float32),
-        "read": ((g.rows,), torch.int64),
+        "read": ((g.rows + STAMPS,), torch.int64),
     }
 
 
@@ -163,6 +164,22 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
     _called("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
     return code
+
+
+STAMPS = 7
+"""Numbers behind the rows of Scratch.read: layers seen, and sums over them of the GPU's clock where each part begins,
+and where the last ends."""
+_PARTS_TIMED = ("write", "score", "weigh", "gather", "merge")
+
+
+def parts_of(stamps: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Mean seconds of each part of a layer, from one part's begin to the next's; the attention to the window counts to
+    ``score``, beside which it runs. Empty if no layer was seen."""
+    if stamps[0] <= 0:
+        return {}
+    with np.errstate(over="ignore"):  # sums are modulo 2^64, so their differences are right
+        sums = np.diff(stamps[1:])
+    return {part: float(total) * 1e-9 / float(stamps[0]) for part, total in zip(_PARTS_TIMED, sums, strict=True)}
 
 
 class DecodeKernels:

@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
     __shared__ float factors[MERGE_THREADS], totals[MERGE_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const i64 all = rows_of(s) * s.heads * GROUP;
+    stamp(s, STAMP_MERGE);
     for (i64 i = blockIdx.x; i < all; i += gridDim.x) {
         const int g = (int)(i % GROUP), head = (int)(i / GROUP % s.heads);
         const Row row = row_at(s, (int)(i / GROUP / s.heads));
@@ -98,4 +99,5 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge_parts(
         }
         __syncthreads();
     }
+    stamp(s, STAMP_END);
 }

@@ -195,6 +195,7 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, SCORE_BLOCKS) score_
     Fragment fragment;
     Tile tile = next_tile(s, rows, layer, begin, begin, end, item);
     wait_for_previous();
+    stamp(s, STAMP_SCORE);
     if (tile.inside > 0) load_stage(tile.codes, 0, buffers[0]), load_steps(tile, steps);
     Tile next = next_tile(s, rows, layer, begin, tile.index + 1, end, item);
     while (tile.index < end) {

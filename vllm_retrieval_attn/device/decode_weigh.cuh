@@ -62,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     __shared__ float2 shares[GROUP];
     __shared__ u32 counts[BINS], lows[BINS], rest;
     const int rows = rows_of(s), thread = threadIdx.x;
+    stamp(s, STAMP_WEIGH);
     Item item;
     int begin, end;
     range_of(s, begin, end);

@@ -140,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(WRITE_THREADS) write_tokens(const S
     __shared__ float scratch[GROUP][PADDED];
     const i64 items = rows_of(s) * s.heads * 2;
     if (blockIdx.x == 0 && threadIdx.x == 0) *s.ticket = 0;
+    stamp(s, STAMP_WRITE);
     let_next_start();
     for (i64 i = blockIdx.x; i < items; i += gridDim.x) {
         const Row row = row_at(s, (int)(i / (2 * s.heads)));

@@ -45,7 +45,7 @@ FIGURES = {
     "lse_bias": FIDELITY_BIAS,
 }
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.fidelity")
 
 Floats = npt.NDArray[np.float32]
 
@@ -55,10 +55,13 @@ class DecodeSampler:
 
     Args:
         layout, views: the shared file of the rank. share: of decode steps to compare with exact attention.
+
+    Attributes:
+        share: may be changed. probes: steps compared so far.
     """
 
     def __init__(self, layout: Layout, views: "Views", share: float) -> None:
-        self._layout, self._views, self._share = layout, views, share
+        self._layout, self._views, self.share = layout, views, share
         self._random = random.Random(0)
         self._probed: int | None = None
         self._drawn: bool | None = None
@@ -77,7 +80,7 @@ class DecodeSampler:
     def draw(self) -> bool:
         """Whether the step about to run is to be looked at; it may then not be one graph."""
         self._poll()
-        self._drawn = not self._waiting and self._random.random() < self._share
+        self._drawn = not self._waiting and self._random.random() < self.share
         return self._drawn
 
     def begin(self, plan: "StepPlan") -> None:

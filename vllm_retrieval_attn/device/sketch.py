@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
+from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, parts_of, scratch
 from vllm_retrieval_attn.device.decode_step import Geometry, describe
 from vllm_retrieval_attn.sketch.space import LEARNED, Space, rotation
 from vllm_retrieval_attn.store.code_pages import CodePages
@@ -64,10 +64,11 @@ class Sketch:
         numbers, rows = geometry.descriptor_numbers, geometry.rows
         self._staged = [torch.zeros(numbers, dtype=torch.int64, pin_memory=True) for _ in range(_SLOTS)]
         self._free = [torch.cuda.Event() for _ in range(_SLOTS)]
-        self._counts = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(_SLOTS)]
+        self._counts = [torch.zeros(rows + STAMPS, dtype=torch.int64, pin_memory=True) for _ in range(_SLOTS)]
         self._slot = 0
         self._open: list[str | None] | None = None
         self._sent: list[_Sent] = []
+        self._parts: dict[str, float] = {}
         self._caches: dict[int, torch.Tensor] = {}
         self._slots: dict[int, torch.Tensor] = {}
 
@@ -133,6 +134,11 @@ class Sketch:
         places = torch.bmm(centred.transpose(0, 1), self._buffers.keys[space, layer].transpose(1, 2))
         self.kernels.encode(layer, places.transpose(0, 1).contiguous(), targets)
 
+    def take_parts(self) -> dict[str, float]:
+        """Mean seconds of each part of a layer in the newest step that :meth:`take_counts` saw; empty if none since."""
+        parts, self._parts = self._parts, {}
+        return parts
+
     def take_counts(self) -> dict[str, tuple[int, int]]:
         """Of every request whose steps are done since the last call: rows read, and by how many KV heads and layers."""
         found: dict[str, tuple[int, int]] = {}
@@ -140,6 +146,7 @@ class Sketch:
         while self._sent and (len(self._sent) >= _SLOTS - 1 or self._sent[0].arrived.query()):
             step = self._sent.pop(0)
             step.arrived.synchronize()
+            self._parts = parts_of(step.counts[-STAMPS:].numpy())
             for request_id, rows in zip(step.ids, step.counts[: len(step.ids)].tolist(), strict=True):
                 if request_id is not None and rows:
                     before = found.get(request_id, (0, 0))

@@ -190,7 +190,7 @@ def _patch_scheduler() -> None:
                 report = output.kv_connector_worker_meta
                 failed = self.connector.line.take_failed()
                 if isinstance(report, WorkerReport):
-                    self.connector.note(report)  # before requests of this step finish
+                    self.connector.log.note(report)  # before requests of this step finish
                     failed |= report.failed
                 if failed:
                     output = replace(output, failed_recving=set(output.failed_recving or ()) | failed)

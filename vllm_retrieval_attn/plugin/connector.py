@@ -5,9 +5,7 @@ themselves move inside the attention layer, not through the connector's layer ho
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,10 +23,13 @@ from vllm_retrieval_attn.plugin.compat import GRAPHS_KEY
 from vllm_retrieval_attn.plugin.line import WaitingLine
 from vllm_retrieval_attn.plugin.manager import RetrievalManager
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.metric_names import key
 from vllm_retrieval_attn.plugin.prefix_reuse import PrefixReuse
+from vllm_retrieval_attn.plugin.prometheus import RetrievalMetrics
+from vllm_retrieval_attn.plugin.request_log import RequestLog
 from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
-from vllm_retrieval_attn.plugin.stats import SCHEDULER, RetrievalMetrics, RetrievalStats
+from vllm_retrieval_attn.plugin.stats import SCHEDULER, RetrievalStats
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_retrieval_attn.plugin.worker import RetrievalWorker
-
-_NULL_BLOCK = 0
 
 logger = logging.getLogger("vllm.retrieval")
 
@@ -75,12 +74,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._admissions = 0
         self._released: list[tuple[str, int]] = []
         self._options: dict[str, SearchOptions] = {}
-        self._requested: dict[str, SearchOptions] = {}
-        self._cached: dict[str, int] = {}
-        self._read: dict[str, tuple[int, int]] = {}
-        self._sketched: set[str] = set()
-        self._degraded: Counter[str] = Counter()
-        self._seen: dict[str, list[float]] = {}
+        self.log = RequestLog(config, self._ledger, self._group)
         self.filled = False
         """Whether prompts of requests that may need the host count as computed (bench/fill.py)."""
         if role == KVConnectorRole.WORKER:
@@ -115,6 +109,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger.arrived(request.request_id, longest)
         self.line.arrived(request)
         self._reuse.arrived(request)
+        self.log.arrived(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         if self.filled and self._ledger.needs_host(request.request_id):
@@ -132,10 +127,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         options = search_options(
             self._config, params.extra_args if params is not None else None, params.seed if params is not None else None
         )
-        before = self._requested.get(name, options)
-        self._requested[name] = replace(options, exact=options.exact and before.exact)  # so it tells of every chunk
-        if anew:
-            self._cached[name] = num_external_tokens
+        self.log.admitted(name, options, num_external_tokens if anew else None)
         self._reuse.admitted(request, self._epochs[name], blocks.get_block_ids()[self._group], anew)
         if not anew or options != search_options(self._config, None):
             self._options[name] = options
@@ -159,44 +151,11 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
                 message.released.append((request_id, self._epochs[request_id]))
         return message
 
-    def note(self, report: WorkerReport) -> None:
-        """Take in what the workers tell of a step; of requests that ended meanwhile nothing."""
-        for request_id, (rows, searches) in report.read.items():
-            if request_id not in self._requested:
-                continue
-            sums = self._read.get(request_id, (0, 0))
-            self._read[request_id] = sums[0] + rows, sums[1] + searches
-            if request_id in report.sketched:
-                self._sketched.add(request_id)
-        self._degraded.update(report.degraded & self._requested.keys())
-
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """What the request held, for the response's ``kv_transfer_params``; blocks are freed at once."""
-        config, computed = self._config, request.num_computed_tokens
-        start = config.split.window_start(computed)
-        left_pages = start - config.sink_end
-        hosted = self._ledger.pages > 0 and self._ledger.needs_host(request.request_id)
-        report = {
-            "prompt_tokens": request.num_prompt_tokens,
-            "paged_blocks": sum(block != _NULL_BLOCK for block in block_ids[self._group]),
-            "paged_tokens": computed - left_pages,
-            "host_tokens": left_pages if hosted else 0,
-            "cached_tokens": self._cached.pop(request.request_id, 0),
-            "path": "paged",
-            "rows_read": 0,
-            "degraded_steps": self._degraded.pop(request.request_id, 0),
-        }
-        rows, searches = self._read.pop(request.request_id, (0, 0))
-        options = self._requested.pop(request.request_id, None)
-        if searches:
-            exact = config.index == "flat" or (options is not None and options.exact)
-            path = "sketch" if request.request_id in self._sketched else "exact" if exact else "faiss"
-            report |= {"path": path, "rows_read": round(rows / searches)}
-            self._seen.setdefault("request_rows_read", []).append(rows / searches)
-        self._seen.setdefault("request_host_tokens", []).append(left_pages if hosted else 0)
-        self._sketched.discard(request.request_id)
+        report = self.log.ended(request, block_ids)
         # Not in finished_req_ids' time: a new request may have the id by then.
         self._ledger.forget(request.request_id)
         self._released.append((request.request_id, self._epochs.pop(request.request_id, 0)))
@@ -217,9 +176,10 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             stats: KVConnectorStats | None = self._worker.take_stats()
             return stats
-        seen, self._seen = self._seen, {}
-        now, more = self._reuse.take_stats()
-        return RetrievalStats.of(SCHEDULER, now, more, seen) if seen or more else None
+        told, (now, more) = self.log.take_stats(), self._reuse.take_stats()
+        more[key("requests_failed", "outgrown")] = self.line.take_outgrown()
+        stats = RetrievalStats.of(SCHEDULER, {**told.pop("now", {}), **now}, more, **told)
+        return None if stats.is_empty() else stats
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

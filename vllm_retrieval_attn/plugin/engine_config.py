@@ -9,7 +9,7 @@ from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.device.decode_step import PAGE
 from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.plugin.compat import CONNECTOR_MODULE, GRAPHS_KEY, NAME
-from vllm_retrieval_attn.plugin.resolved import CONNECTOR
+from vllm_retrieval_attn.plugin.resolved import CONNECTOR, EXTENSION
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -55,6 +55,8 @@ def prepare(args: Any) -> RetrievalConfig:
         kv_role="kv_both",
         kv_connector_extra_config={GRAPHS_KEY: knobs.sketch_gb != 0},
     )
+    if not args.worker_extension_cls:  # a user's own stays; the routes that need ours then say so
+        args.worker_extension_cls = EXTENSION
     sliding = "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
     args.attention_config = _with_sliding_backend(args.attention_config, sliding)
     return knobs

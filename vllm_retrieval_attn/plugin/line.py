@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vllm_retrieval_attn.core.ledger import HostLedger
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.requests")
 
 
 class Turn(Enum):
@@ -52,6 +52,7 @@ class WaitingLine:
         self._sessions: dict[str, Request] = {}
         self._told: set[str] = set()
         self._failed: set[str] = set()
+        self._outgrew = 0
         self._saving = False
 
     def arrived(self, request: "Request") -> None:
@@ -72,6 +73,11 @@ class WaitingLine:
         """Requests that can never fit, to be ended with an error; each is named once."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def take_outgrown(self) -> int:
+        """How many were named since the last call."""
+        count, self._outgrew = self._outgrew, 0
+        return count
 
     def turn(self, request: "Request") -> Turn:
         """Whether a waiting request may be scheduled now. Cuts its ``max_tokens`` to where host memory ends."""
@@ -117,6 +123,7 @@ class WaitingLine:
             limit = min(limit, self._max_model_len)
         if request.num_tokens >= limit:
             self._failed.add(request.request_id)
+            self._outgrew += 1
             logger.error(
                 "retrieval: request %s fails: it has %d tokens now, and one request can hold %d; "
                 "start a new session, or raise %s",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEARN_LEAST = 64
 """Fewer new tokens of a request are not worth taking into account for its space."""
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.fidelity")
 
 
 class ModelSpace:

@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_retrieval_attn.core.prefixes import NOTHING, Match
 from vllm_retrieval_attn.plugin.messages import Opening, StepMessage
-from vllm_retrieval_attn.plugin.stats import key
+from vllm_retrieval_attn.plugin.metric_names import key
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.core.config import ResolvedConfig
 
 CONNECTOR = "RetrievalConnector"
+EXTENSION = "vllm_retrieval_attn.plugin.control.WorkerControl"
+"""What vLLM mixes into its workers' class."""
 
 
 def find_resolved_config(vllm_config: "VllmConfig") -> "ResolvedConfig | None":

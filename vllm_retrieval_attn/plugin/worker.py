@@ -16,6 +16,7 @@ from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
+from vllm_retrieval_attn.plugin.metric_names import key
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
 from vllm_retrieval_attn.plugin.prefix_pages import PrefixPages
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
@@ -69,6 +70,7 @@ class RetrievalWorker:
     """Host side of one tensor-parallel rank.
 
     Attributes:
+        rank: in its tensor-parallel group.
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
         degraded_steps: steps in which the engine did what the CPU workers should have done.
@@ -94,8 +96,10 @@ class RetrievalWorker:
         self._degraded: set[str] = set()
         self._told_degraded = -_TELL_EVERY_S
         self.degraded_steps = 0
+        self._posted = self._waited_s = 0.0
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
+        self.rank = vllm_config.parallel_config.rank
         self.hosted = config.index != "none"
         self.sampler: DecodeSampler | None = None
         self.space: ModelSpace | None = None
@@ -115,7 +119,7 @@ class RetrievalWorker:
         dtype, layout = self._layout(vllm_config, layer.num_heads)
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
-        rank = vllm_config.parallel_config.rank
+        rank = self.rank
         sinks = config.sink_end, config.arena_pages - config.host_pages
         self.cuda: Any = None
         if vllm_config.device_config.device_type == "cuda":
@@ -297,6 +301,7 @@ class RetrievalWorker:
     def post(self, layer: int, plan: StepPlan) -> None:
         """Send a layer's message, unless the engine does the workers' part in this step."""
         if not plan.attends_here:
+            self._posted = time.perf_counter()
             self.client.post(layer, plan.decode_rows, plan.probe)
 
     def collect(self, plan: StepPlan, found: Any, found_lse: Any) -> bool:
@@ -307,6 +312,7 @@ class RetrievalWorker:
                 failed = self.client.collect(found, found_lse)
             except WorkersLate as error:
                 self._attend_here(plan, str(error))
+            self._waited_s += time.perf_counter() - self._posted
         if plan.attends_here:
             heads = self.arena.layout.kv_heads
             plan.rows_read += heads * plan.decode_rows[:, ROW_TOKENS]
@@ -347,10 +353,13 @@ class RetrievalWorker:
         if self.sketch is not None:
             counts = self.sketch.take_counts()
             self._told.count("rows_read", sum(rows for rows, _ in counts.values()))
+            self._told.count("searches", sum(searches for _, searches in counts.values()))
+            if parts := self.sketch.take_parts():
+                self._told.layer(parts)
             report = report.aggregate(WorkerReport(set(), counts, set(counts)))
         self._failed, self._read, self._degraded = set(), {}, set()
         if self.hosted:
-            self._told.count("requests_failed", len(report.failed))
+            self._told.count(key("requests_failed", "search"), len(report.failed))
         return report if report.failed or report.read or report.degraded else None
 
     def take_stats(self) -> Any:
@@ -376,8 +385,11 @@ class RetrievalWorker:
 
     def _count_rows(self) -> None:
         plan, self._plan = self._plan, None
+        self._waited_s, waited = 0.0, self._waited_s
         if plan is not None and plan.searches:
             self._told.count("rows_read", int(plan.rows_read.sum()))
+            self._told.count("searches", plan.searches * len(plan.decode_ids))
+            self._told.layer({"search": waited / self.arena.layout.layers})
             for request_id, rows in zip(plan.decode_ids, plan.rows_read.tolist(), strict=True):
                 self._read[request_id] = (rows, plan.searches)
 
@@ -418,7 +430,7 @@ class RetrievalWorker:
                 "indexed_tokens": self.arena.indexed_tokens,
                 "index_bytes": self.arena.indexed_tokens * self.config.index_bytes_per_token,
                 "requests": len(self.arena.requests),
-                "restarts": self.pool.restarts,
+                "restarts": self.pool.restarts.total(),
                 "gave_up": self.pool.gave_up,
                 "degraded_steps": self.degraded_steps,
                 "actor_pids": self.pool.pids(),

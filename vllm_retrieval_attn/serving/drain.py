@@ -7,6 +7,8 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vllm_retrieval_attn.plugin.prometheus import count
+
 RETRY_AFTER_S = 5
 GUARDED = ("/v1/", "/v2/", "/inference/", "/cohere/", "/generate", "/pooling", "/classify", "/score", "/rerank")
 """Where requests for the model go; all others stay open while the server drains."""
@@ -51,6 +53,7 @@ class DrainGate:
         if not (guarded and self._drain.active):
             await self._app(scope, receive, send)
             return
+        count("requests_refused", "draining")
         message = "retrieval: this server is draining; send the request to another one, or later"
         body = json.dumps({"error": {"message": message, "type": "ServiceUnavailable", "code": 503}}).encode()
         headers = [

@@ -1,73 +1,79 @@
-"""The routes under /retrieval. What they tell comes from the stats that engines send with their steps, so that no route
-waits for a step."""
+"""The routes under /retrieval that tell something."""
 
-import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
 
-from vllm_retrieval_attn import __version__
+from vllm_retrieval_attn.plugin.live_defaults import live_defaults
 from vllm_retrieval_attn.plugin.resolved import resolved_config
-from vllm_retrieval_attn.plugin.stats import Told, key, told
+from vllm_retrieval_attn.serving import models, state
 from vllm_retrieval_attn.serving.drain import RETRY_AFTER_S, Drain
-from vllm_retrieval_attn.serving.keys import ADMIN, VIEW, requires
-from vllm_retrieval_attn.serving.models import Config, Draining, Engine, Fidelity, Ready, Status, Use, Workers
+from vllm_retrieval_attn.serving.events import Events, TooMany
+from vllm_retrieval_attn.serving.keys import VIEW, requires
 
-PATHS = ("sketch", "faiss", "exact", "degraded", "none")
-FIGURES = ("recall", "mass", "output_error", "lse_bias")
+PAGE = Path(__file__).with_name("page.html")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+"""The page loads nothing from anywhere, and asks its own server only."""
 
 
-def router(drain: Drain, view_key: str | None, admin_key: str | None) -> APIRouter:
-    """All routes; ``app.state.engine_client`` is vLLM's."""
-    made = APIRouter(prefix="/retrieval", tags=["retrieval"])
-    viewing, changing = Depends(requires(VIEW, view_key)), Depends(requires(ADMIN, admin_key))
+def router(drain: Drain, view_key: str | None) -> APIRouter:
+    """``app.state.engine_client`` is vLLM's."""
+    made, events = APIRouter(prefix="/retrieval", tags=["retrieval"]), Events(drain)
+    viewing = [Depends(requires(VIEW, view_key))]
+    page = PAGE.read_text()
 
-    @made.get("/ready", responses={503: {"model": Ready}})
-    def ready(request: Request, response: Response) -> Ready:
+    @made.get("/ready", responses={503: {"model": models.Ready}})
+    def ready(request: Request, response: Response) -> models.Ready:
         """For probes; needs no key."""
         reason = _unready(drain, request.app.state.engine_client)
         if reason is not None:
             response.status_code = 503
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
-        return Ready(ready=reason is None, reason=reason)
+        return models.Ready(ready=reason is None, reason=reason)
 
-    @made.get("/status", dependencies=[viewing])
-    def status(request: Request) -> Status:
+    @made.get("/", response_class=HTMLResponse)
+    def show() -> HTMLResponse:
+        """The page; it asks for the view key, and holds no data itself."""
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
+        return HTMLResponse(page, headers=headers)
+
+    @made.get("/status", dependencies=viewing)
+    def status(request: Request) -> models.Status:
         """Everything at once."""
-        client = request.app.state.engine_client
-        return Status(
-            model=client.vllm_config.model_config.served_model_name or client.vllm_config.model_config.model,
-            version=__version__, draining=drain.active, running=running(client), engines=engines(),
-        )  # fmt: skip
+        return state.status(request.app.state.engine_client, drain)
 
-    @made.get("/config", dependencies=[viewing])
-    def config(request: Request) -> Config:
-        """The knobs, with all defaults filled in."""
-        return resolved_config(request.app.state.engine_client.vllm_config).model_dump()
+    @made.get("/config", dependencies=viewing)
+    def config(request: Request) -> models.Config:
+        """The knobs, with all defaults filled in and what was changed since the start."""
+        knobs = resolved_config(request.app.state.engine_client.vllm_config).model_dump()
+        return knobs | live_defaults.changed()
 
-    @made.get("/workers", dependencies=[viewing])
-    def workers() -> dict[int, Workers]:
+    @made.get("/workers", dependencies=viewing)
+    def workers() -> dict[int, models.EngineWorkers]:
         """CPU workers by engine."""
-        return {one.engine: one.workers for one in engines()}
+        return state.workers()
 
-    @made.get("/fidelity", dependencies=[viewing])
-    def fidelity() -> dict[int, list[Fidelity]]:
+    @made.get("/fidelity", dependencies=viewing)
+    def fidelity() -> dict[int, list[models.Fidelity]]:
         """How close to exact attention it stays, by engine."""
-        return {one.engine: one.fidelity for one in engines()}
+        return {one.engine: one.fidelity for one in state.engines()}
 
-    @made.post("/drain", dependencies=[changing])
-    def begin(request: Request) -> Draining:
-        """Answer new requests with 503; running ones finish."""
-        drain.asked = True
-        return Draining(draining=drain.active, running=running(request.app.state.engine_client))
+    @made.get("/requests", dependencies=viewing)
+    def requests() -> models.Requests:
+        """Those that live, and the last thousand that ended."""
+        return state.requests()
 
-    @made.post("/undrain", dependencies=[changing])
-    def end(request: Request) -> Draining:
-        """Take new requests again."""
-        if drain.ending:
-            raise HTTPException(409, "retrieval: the server is shutting down; start a new one")
-        drain.asked = False
-        return Draining(draining=drain.active, running=running(request.app.state.engine_client))
+    @made.get("/events", dependencies=viewing, responses={200: {"content": {"text/event-stream": {}}}})
+    async def stream(request: Request) -> Any:
+        """Server-sent events: ``status`` every second, ``request`` when one has ended."""
+        client = request.app.state.engine_client
+        try:
+            text = events.listen(lambda: state.status(client, drain))
+        except TooMany:
+            raise HTTPException(503, "retrieval: too many listen to events; close some") from None
+        return StreamingResponse(text, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     return made
 
@@ -78,44 +84,3 @@ def _unready(drain: Drain, client: Any) -> str | None:
     if client.errored:
         return "the engine has failed; its log says why"
     return None
-
-
-def running(client: Any) -> int:
-    """Requests of this API server that are under way."""
-    return int(client.output_processor.get_num_unfinished_requests())
-
-
-def engines() -> list[Engine]:
-    """Every engine that has told something."""
-    return [_engine(number, one) for number, one in sorted(told.items())]
-
-
-def _engine(number: int, one: Told) -> Engine:
-    now, total = one.now, one.total
-    taken = now.get("sample_timestamp_seconds")
-    groups = sorted({name.partition("|")[2] for name in now if name.startswith("recall|")}, key=_first_layer)
-    sketch = key("sketch_bytes", "capacity")
-    return Engine(
-        engine=number,
-        healthy=bool(now.get("healthy", 0)),
-        sample_age_s=None if taken is None else round(time.time() - taken, 3),
-        workers=Workers(
-            wanted=int(now.get(key("workers", "wanted"), 0)),
-            alive=int(now.get(key("workers", "alive"), 0)),
-            restarts=int(total.get("worker_restarts", 0)),
-            given_up=bool(now.get("workers_given_up", 0)),
-        ),
-        arena=Use(used=now.get(key("arena_bytes", "used"), 0), capacity=now.get(key("arena_bytes", "capacity"), 0)),
-        sketch=Use(used=now[key("sketch_bytes", "used")], capacity=now[sketch]) if sketch in now else None,
-        host_tokens=int(now.get("host_tokens", 0)),
-        host_requests=int(now.get("host_requests", 0)),
-        prefix_bytes=now.get("prefix_bytes", 0),
-        steps={path: int(total.get(key("steps", path), 0)) for path in PATHS},
-        rows_read=int(total.get("rows_read", 0)),
-        requests_failed=int(total.get("requests_failed", 0)),
-        fidelity=[Fidelity(layers=group, **{name: now[key(name, group)] for name in FIGURES}) for group in groups],
-    )
-
-
-def _first_layer(group: str) -> int:
-    return int(group.partition("-")[0])

@@ -26,7 +26,7 @@ from vllm_retrieval_attn.store.requests import RequestStore
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Array, Views
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 
 SPACE_REACH = 2

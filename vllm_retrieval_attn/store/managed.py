@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 _PIECE = 256 << 20
 _MOST_THREADS = 16

@@ -18,7 +18,7 @@ import torch
 from vllm_retrieval_attn.store.layout import Layout
 from vllm_retrieval_attn.store.mapping import take_memory
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 SLAB_BYTES = 1 << 30
 _MAPPED_PORTABLE = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped

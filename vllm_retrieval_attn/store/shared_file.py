@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vllm_retrieval_attn.store.mapping import map_file
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 SHM_DIR = Path("/dev/shm")
 _PREFIX = "vllm-retrieval"

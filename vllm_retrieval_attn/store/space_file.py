@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_retrieval_attn.sketch.space import Space
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.memory")
 
 
 def cache_folder() -> Path:

@@ -34,7 +34,7 @@ from vllm_retrieval_attn.store.layout import (
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.indexes import Indexes, RequestGone
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.workers")
 
 FAILED = np.float32(np.inf)
 """What a task that could not be done writes in place of its result."""

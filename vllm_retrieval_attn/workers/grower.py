@@ -13,7 +13,7 @@ from vllm_retrieval_attn.store.layout import WORD_GROWTH, Layout
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.indexes import Indexes, RequestGone
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.workers")
 
 _POLL_S, _IDLE_POLL_S = 0.02, 0.25
 _IDLE_AFTER_S = 1.0

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 from vllm_retrieval_attn.core.config import ResolvedConfig
@@ -22,7 +22,7 @@ from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.supervisor import ActorSetup, Plan
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.workers")
 
 _START_TIMEOUT_S = 300.0
 """The first start on a machine compiles the kernels."""
@@ -42,7 +42,8 @@ class WorkerPool:
         config: knobs. layout, views, path: the shared file of the rank. scale: softmax scale.
 
     Attributes:
-        restarts: of workers and of their supervisor, ever. gave_up: there will be no more.
+        restarts: of workers and of their supervisor, ever, by reason (died, start, silent, asked, supervisor).
+        gave_up: there will be no more.
 
     Raises:
         RuntimeError: they do not start.
@@ -59,7 +60,9 @@ class WorkerPool:
         self._silent: dict[int, float] = {}
         self._known: dict[int, int] = {}
         self._down_since: float | None = None
-        self.restarts, self.gave_up = 0, False
+        self._ended: dict[int, str] = {}
+        self.restarts: Counter[str] = Counter()
+        self.gave_up = False
         views.words[WORD_CLIENT_PID] = os.getpid()
         self._launch()
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -107,15 +110,18 @@ class WorkerPool:
                 logger.error("retrieval: %s: %s", what, told["error"])
                 self._failures.append(told["error"])
             if told["event"] == "failed":
-                self._count()
+                self._count("start")
             elif told["event"] == "restarting":
-                logger.warning("retrieval: CPU worker %d died; restarting it", told["actor"])
-                self._count()
+                reason = self._ended.pop(told["actor"], "died")
+                logger.warning("retrieval: CPU worker %d ended (%s); restarting it", told["actor"], reason)
+                self._count(reason)
 
-    def _count(self) -> None:
+    def _count(self, reason: str) -> None:
         """One more restart is about to happen; see whether it may."""
         with self._lock:
-            self.restarts += 1
+            self.restarts[reason] += 1
+            if reason == "asked":
+                return
             now = time.monotonic()
             many = len(self._recent) == MOST_RESTARTS and now - self._recent[0] < RESTARTS_WITHIN_S
             self._recent.append(now)
@@ -160,7 +166,7 @@ class WorkerPool:
                 what = "is silent" if self._supervisor.poll() is None else f"ended ({self._supervisor.poll()})"
                 logger.error("retrieval: the CPU workers' supervisor %s; restarting it", what)
                 self._end_supervisor()
-                self._count()
+                self._count("supervisor")
                 if not self.gave_up and not self._closing.wait(wait_s):
                     self._launch()
                     wait_s = min(2 * wait_s, 10.0)
@@ -183,8 +189,25 @@ class WorkerPool:
             elif now - self._silent.setdefault(actor, now) > self._silent_s:
                 logger.error("retrieval: CPU worker %d has been silent for %.0f s; ending it", actor, self._silent_s)
                 self._silent.pop(actor)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                self._end(actor, pid, "silent")
+
+    def restart(self, actor: int) -> bool:
+        """End a worker; its supervisor starts another. False: it is not there, so it is being started or never will."""
+        pid = self.pids()[actor]
+        if not self.lives(pid):
+            return False
+        logger.warning("retrieval: CPU worker %d is to be restarted, as asked", actor)
+        self._end(actor, pid, "asked")
+        return True
+
+    def _end(self, actor: int, pid: int, reason: str) -> None:
+        self._ended[actor] = reason
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def silent(self) -> list[int]:
+        """Workers that an earlier message waits for."""
+        return list(self._silent)
 
     def _end_supervisor(self) -> None:
         """End it and its workers, whatever state they are in."""

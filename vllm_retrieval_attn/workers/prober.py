@@ -26,7 +26,7 @@ from vllm_retrieval_attn.workers.grower import be_nice
 from vllm_retrieval_attn.workers.indexes import Indexes
 from vllm_retrieval_attn.workers.sync import full_fence
 
-logger = logging.getLogger("vllm.retrieval")
+logger = logging.getLogger("vllm.retrieval.workers")
 
 _POLL_S = 0.2
 RECALL_AT = 100
