@@ -9,7 +9,7 @@ TORCH := 2.13.0
 # Where pip does not find the CPU build of torch by itself, name PyTorch's index of CPU wheels here.
 TORCH_INDEX ?=
 
-.PHONY: setup serve demo test lint clean
+.PHONY: setup tools serve demo test lint clean
 
 setup: $(VENV)/installed
 
@@ -35,7 +35,19 @@ serve: setup  ## serve the demo's model
 demo: setup  ## serve SmolLM2 and ask it about a long document
 	$(BIN)/python -m vllm_retrieval_attn.demo
 
-test: setup lint
+tools:  ## a browser and promtool for tests, where Debian's can be installed; without them these tests are skipped
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  for pair in chromium-headless-shell:chromium-headless-shell promtool:prometheus; do \
+	    command -v $${pair%:*} >/dev/null || missing="$$missing $${pair#*:}"; \
+	  done; \
+	  if [ -n "$$missing" ]; then \
+	    echo "installing$$missing for the tests"; \
+	    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing) \
+	      >/dev/null || echo "not installed: their tests are skipped"; \
+	  fi; \
+	fi
+
+test: setup tools lint
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -1,20 +1,28 @@
 """The command ``vllm-retrieval``."""
 
-import os
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_retrieval_attn import cli_bench, cli_eval, cli_fit, cli_study
+from vllm_retrieval_attn import __version__, cli_bench, cli_eval, cli_fit, cli_study
+from vllm_retrieval_attn.plugin.version import VLLM
 
-app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vllm-retrieval {__version__} for vLLM {VLLM}")
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
-    """Keeps ``doctor`` a subcommand while it is one of few."""
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """RetrievalAttention for vLLM."""
 
 
 @app.command()
@@ -26,17 +34,35 @@ def doctor(
     block_size: Annotated[int, typer.Option(help="Tokens of a paged block.", min=16)] = 16,
     chunk_tokens: Annotated[int, typer.Option(help="vLLM's --max-num-batched-tokens.", min=1)] = 8192,
 ) -> None:
-    """Show what is on this machine, what a model needs at a context length, and what to set."""
-    from vllm_retrieval_attn import doctor as find
-    from vllm_retrieval_attn.core.config import RetrievalConfig
+    """Look whether this machine or container can serve, what a model needs at a context length, and what to set.
+
+    Ends with status 1 if something is in the way of a server.
+    """
+    from vllm_retrieval_attn.doctor.checks import Verdict, checks
 
     console = Console()
-    found = Table(title="This machine", show_header=False)
-    for name, value in find.machine().items():
-        found.add_row(name, value)
-    console.print(found)
-    if model is None:
-        return
+    colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.STOP: "bold red"}
+    table = Table(title="This machine", show_header=False)
+    verdicts = set()
+    for check in checks():
+        verdicts.add(check.verdict)
+        verdict = f"[{colours[check.verdict]}]{check.verdict.value}[/]"
+        table.add_row(verdict, check.name, f"{check.found}\n-> {check.do}" if check.do else check.found)
+    console.print(table)
+    if model is not None:
+        _size(console, model, context, requests, tensor_parallel, block_size, chunk_tokens)
+    if Verdict.STOP in verdicts:
+        raise typer.Exit(1)
+
+
+def _size(
+    console: Console, model: str, context: int, requests: int, tensor_parallel: int, block_size: int, chunk_tokens: int
+) -> None:
+    """What a model needs."""
+    from vllm_retrieval_attn.core.config import RetrievalConfig
+    from vllm_retrieval_attn.core.limits import available_cpus
+    from vllm_retrieval_attn.doctor import sizing as find
+
     try:
         shape = find.model_shape(model, tensor_parallel)
     except (OSError, ValueError) as error:
@@ -50,7 +76,7 @@ def doctor(
     table.add_row("codes of the host's keys, on each GPU", f"{need['codes_gb']:.2f}")
     table.add_row("host memory", f"{need['host_gb']:.2f}")
     console.print(table)
-    for line in find.advice(need, context, len(os.sched_getaffinity(0)), tensor_parallel):
+    for line in find.advice(need, context, available_cpus(), tensor_parallel):
         console.print(f"- {line}")
 
 

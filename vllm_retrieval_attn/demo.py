@@ -5,13 +5,10 @@ tokens were, and ends the server.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from vllm_retrieval_attn.bench.http import free_port, is_up
 from vllm_retrieval_attn.bench.models import smollm2
 from vllm_retrieval_attn.evaluation.needles import questions
 
@@ -29,20 +27,6 @@ DOCUMENTS = ((3_000, 2), (3_000, 4), (4_000, 5))
 """Prompt tokens and seed of each document. One fact each: a model of 135M parameters confuses several."""
 _START_S, _ANSWER_S = 60, 25
 """Usual durations on two cores, for the progress bar."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def wait(progress: Progress, what: str, usual_s: float, done: Any) -> None:

@@ -2,7 +2,7 @@
 # What docs/benchmarks.md records, in one go on a GPU machine: `bash tests/gpu/batch.sh STAGE ...`. Output and rows go to
 # $OUT (default: /tmp/out); a stage that fails or runs longer than $LIM seconds (default 300) does not keep the next.
 #
-#   kernels    tests/gpu/test_decode_kernels.py, test_kernels.py; parts of a layer (bench.kernels, the link)   needs no vLLM
+#   kernels    tests/gpu/test_decode_kernels.py; parts of a layer (bench.kernels)                               needs no vLLM
 #   sanitize   compute-sanitizer over the kernels' twin tests                                                  needs no vLLM
 #   timeline   the picture of one layer                                                                        needs no vLLM
 #   ours full fp8        rows "step 1K, 128K", TTFT, GPU bytes of ours, FLASH_ATTN, FLASH_ATTN with fp8 KV
@@ -11,6 +11,7 @@
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
+#   triton     tests/gpu/test_kernels.py
 #   watch      row "a watched server"
 #   engine     tests/gpu/test_sketch_engine.py, test_reuse_engine.py, test_without_workers.py (reuse-test: the second alone);  http     tests/gpu/test_tpot_over_http.py
 #
@@ -38,7 +39,7 @@ evaluate() {  # tasks, max_num_seqs
 for stage in "$@"; do
   case $stage in
   kernels)
-    run python3 -m pytest -p no:cacheprovider tests/gpu/test_decode_kernels.py tests/gpu/test_kernels.py
+    run python3 -m pytest -p no:cacheprovider tests/gpu/test_decode_kernels.py
     for more in "" "--rows 1024" "--rows-batch 6" "--tokens 524288"; do
       # shellcheck disable=SC2086
       run python3 -m vllm_retrieval_attn.bench.kernels --products --host-gb 20 --memory managed $more
@@ -62,6 +63,7 @@ for stage in "$@"; do
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
   watch) cli bench watch --tokenizer "$MODEL" --json "$OUT/watch.json" --serve "--gpu-memory-utilization 0.45" ;;
+  triton) run python3 -m pytest -p no:cacheprovider tests/gpu/test_kernels.py ;;
   reuse-test) run python3 -m pytest -p no:cacheprovider tests/gpu/test_reuse_engine.py ;;
   engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py tests/gpu/test_reuse_engine.py
     run python3 -m pytest -p no:cacheprovider tests/gpu/test_without_workers.py ;;

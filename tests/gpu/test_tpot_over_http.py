@@ -36,7 +36,7 @@ def shape(monkeypatch):
 def over_http(shape, folder) -> float:
     """Mean milliseconds a token, of two requests one after the other."""
     from vllm_retrieval_attn.bench.decode import _LEAST_TAU, write_shape
-    from vllm_retrieval_attn.demo import free_port, is_up
+    from vllm_retrieval_attn.bench.http import free_port, is_up
 
     knobs = {"host_memory_gb": 8, "rows": ROWS, "tau": _LEAST_TAU, "min_tau": _LEAST_TAU, "fidelity": 0}
     port, log = free_port(), folder / "log"

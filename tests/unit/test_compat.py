@@ -1,6 +1,7 @@
 """Patches that a start of vLLM needs; the others are shown by the engine tests."""
 
 import multiprocessing
+import os
 import signal
 import threading
 import weakref
@@ -12,7 +13,7 @@ from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
 
 from vllm_retrieval_attn.plugin import compat
-from vllm_retrieval_attn.store.shared_file import SHM_DIR, SharedFile
+from vllm_retrieval_attn.store.shared_file import SharedFile
 
 
 def test_vllms_scan_of_modules_passes_with_numba_loaded():
@@ -46,7 +47,7 @@ def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, gr
     process.start()
     assert here.poll(60)
     path = here.recv()
-    assert path.startswith(str(SHM_DIR))
+    assert os.path.exists(path)
     manager = CoreEngineProcManager.__new__(CoreEngineProcManager)
     manager.manager_stopped = threading.Event()
     manager.processes, manager._request_shutdown_timeout, manager._retrieval = [process], 0, True
@@ -54,4 +55,4 @@ def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, gr
     manager.shutdown(timeout=0)
     process.join(10)
     assert process.exitcode == code
-    assert path not in {str(file) for file in SHM_DIR.iterdir()}
+    assert not os.path.exists(path)

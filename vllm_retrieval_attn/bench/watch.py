@@ -1,8 +1,9 @@
 """What being watched costs a decode step: `vllm-retrieval bench watch`.
 
-Two servers on one machine: one tells nothing (`--disable-log-stats`, no routes), the other has metrics and routes,
-whose events, tables and `/metrics` are read all the time as the page and Prometheus do. One request at a time goes to
-them by turns.
+Two servers on one machine: one is *silent* (`--disable-log-stats`, no routes), the other has metrics and routes.
+One request at a time goes to them by turns: to the silent one, to the other while nobody reads (*unread*), and to it
+while events, tables and `/metrics` are read as the page and Prometheus do (*watched*). Two servers may differ by more
+than what watching costs, by where their memory lies; unread and watched are the same one.
 """
 
 import contextlib
@@ -16,12 +17,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_retrieval_attn.bench.decode import _LEAST_TAU, _prompt, write_shape
-from vllm_retrieval_attn.demo import free_port, is_up
+from vllm_retrieval_attn.bench.http import free_port, is_up
 
 _START_S, _ANSWER_S = 300.0, 120.0
 _SCRAPE_S = 1.0
@@ -155,7 +157,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def measure(shape: str, tokenizer: str, load: Workload, folder: Path, options: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each pair, then one with the interval of their difference.
+    """A row for each turn, then two with the interval of a difference.
 
     Args:
         shape: of decode.SHAPES; its vocabulary becomes the tokenizer's. folder: for the model and logs.
@@ -168,26 +170,34 @@ def measure(shape: str, tokenizer: str, load: Workload, folder: Path, options: l
     config["vocab_size"] = words = len(AutoTokenizer.from_pretrained(tokenizer))
     (model / "config.json").write_text(json.dumps(config))
     with contextlib.ExitStack() as stack:
-        servers = {}
-        for watched in (False, True):
-            servers[watched] = Server(model, tokenizer, load, watched, options)
-            stack.callback(servers[watched].close)
-        watcher = Watcher(servers[True].url)
-        stack.callback(watcher.close)
+        silent = stack.enter_context(contextlib.closing(Server(model, tokenizer, load, False, options)))
+        telling = stack.enter_context(contextlib.closing(Server(model, tokenizer, load, True, options)))
         prompt = _prompt(load.context, words, 1)
-        for server in servers.values():  # later ones find the prompt's prefix
+        for server in (silent, telling):  # later requests find the prompt's prefix
             server.step_ms(prompt, 16)
-        found: dict[bool, list[float]] = {False: [], True: []}
-        for pair in range(load.pairs):
-            for watched in (False, True) if pair % 2 else (True, False):
-                found[watched].append(servers[watched].step_ms(prompt, load.tokens))
+        read = Counter[str]()
+
+        def watched() -> float:
+            with contextlib.closing(Watcher(telling.url)) as watcher:
+                took = telling.step_ms(prompt, load.tokens)
+            read.update(events=watcher.events, scrapes=watcher.scrapes)
+            return took
+
+        ways: dict[str, Callable[[], float]] = {
+            "silent": lambda: silent.step_ms(prompt, load.tokens),
+            "unread": lambda: telling.step_ms(prompt, load.tokens),
+            "watched": watched,
+        }
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(load.pairs):
+            for way in list(ways)[:: 1 if turn % 2 else -1]:
+                found[way].append(ways[way]())
+            yield {"row": "turn", **{f"{way}_ms": round(times[-1], 4) for way, times in found.items()}}
+        for other in ("unread", "silent"):
+            low, high = interval([mine - its for mine, its in zip(found["watched"], found[other], strict=True)])
+            usual = statistics.fmean(found[other])
             yield {
-                "row": "pair", "plain_ms": round(found[False][-1], 4), "watched_ms": round(found[True][-1], 4)
+                "row": f"watched less {other}", "pairs": load.pairs, "step_ms": round(usual, 4),
+                "interval_ms": [round(low, 4), round(high, 4)],
+                "interval": [f"{low / usual:+.2%}", f"{high / usual:+.2%}"], **read,
             }  # fmt: skip
-        low, high = interval([mine - plain for mine, plain in zip(found[True], found[False], strict=True)])
-        plain = statistics.fmean(found[False])
-        yield {
-            "row": "watched less plain", "pairs": load.pairs, "step_ms": round(plain, 4),
-            "interval_ms": [round(low, 4), round(high, 4)], "interval": [f"{low / plain:+.2%}", f"{high / plain:+.2%}"],
-            "events": watcher.events, "scrapes": watcher.scrapes,
-        }  # fmt: skip

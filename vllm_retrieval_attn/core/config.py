@@ -1,12 +1,11 @@
 """Every knob of the plugin, with its unit, its default and why; and what vLLM's config makes of it."""
 
 import os
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vllm_retrieval_attn.core.limits import available_cpus, available_memory
 from vllm_retrieval_attn.core.ownership import Split, cdiv
 
 KEY = "retrieval"
@@ -199,23 +198,6 @@ def parse(additional_config: Any) -> RetrievalConfig:
         raise ValueError(f"retrieval: {one_line(error)}") from None
 
 
-def available_memory() -> int:
-    """Bytes of RAM that this process group may still take, with the cgroup's limit."""
-    free = psutil.virtual_memory().available
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = Path("/sys/fs/cgroup", limit_file).read_text().strip()
-            used = Path("/sys/fs/cgroup", used_file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            free = min(free, int(limit) - int(used))
-    return max(0, free)
-
-
 def default_host_memory_gb(spoken_for: int = 0) -> float:
     """Host memory to take: what is free, less ``spoken_for`` bytes, less 10 % of it and at least 4 GB."""
     free = available_memory() - spoken_for
@@ -281,7 +263,7 @@ def resolve(
         **{**config.model_dump(), "host_memory_gb": max(host_memory_gb, 1e-9)}
         | {
             "workers": workers,
-            "threads": config.threads or default_threads(len(cpus), ranks, workers),
+            "threads": config.threads or default_threads(available_cpus(), ranks, workers),
             "bytes_per_token": bytes_per_token,
             "host_pages": pages,
             "index_bytes_per_token": index_bytes_per_token,

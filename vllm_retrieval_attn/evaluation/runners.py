@@ -102,7 +102,7 @@ def _uses_runner_v2() -> bool:
 def _small_cpu_cache(model: str, limit: int, options: dict[str, Any]) -> dict[str, int]:
     """Room for the requests of this module, where vLLM would fill nearly all of the RAM with pages."""
     from vllm_retrieval_attn.core.config import GB
-    from vllm_retrieval_attn.doctor import model_shape
+    from vllm_retrieval_attn.doctor.sizing import model_shape
 
     if "gpu_memory_utilization" in options or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from vllm_retrieval_attn.core.caches import keep_compiled
 from vllm_retrieval_attn.index.vector import add_values, dots, exponentials, soften, widen
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -25,6 +26,7 @@ AHEAD = 16
 """Rows fetched ahead of the one scored: single rows lie anywhere in memory."""
 
 
+keep_compiled()
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 

@@ -5,7 +5,6 @@ Each patch names its reason and what would remove it. They are installed once pe
 backend, and do nothing unless the backend is selected.
 """
 
-import contextlib
 import copyreg
 import functools
 import importlib
@@ -24,7 +23,7 @@ GRAPHS_KEY = "retrieval_graphs"
 """Key of the connector's extra config: decode steps may be replayed as whole graphs."""
 
 END_GRACE_S = 15.0
-"""Seconds to end for an engine that vLLM would kill at once, and for the memory of a killed one to be given back."""
+"""Seconds to end for an engine that vLLM would kill at once."""
 
 _MARK = "_retrieval_wrapped"
 
@@ -326,10 +325,10 @@ def patch_runner(use_v2: bool) -> None:
 
 
 def _patch_engine_manager() -> None:
-    """A server that ends gives its engine time to let host memory and workers go, and clears up after one it killed.
+    """A server that ends gives its engine time to let host memory and workers go.
 
-    By default vLLM kills an engine at the moment it asks it to end, except on ROCm, which has the same 15 s: the
-    shared-memory file would stay until the next start. Remove when the grace is the same on every platform.
+    By default vLLM kills an engine at the moment it asks it to end, except on ROCm, which has the same 15 s. Remove
+    when the grace is the same on every platform.
     """
     from vllm.v1.engine.utils import CoreEngineProcManager
 
@@ -346,21 +345,9 @@ def _patch_engine_manager() -> None:
             if not getattr(self, "_retrieval", False):
                 original(self, timeout)
                 return
-            import psutil
-
-            from vllm_retrieval_attn.store.shared_file import remove_stale
-
-            owners = set()  # engines, and the workers of their tensor-parallel ranks
-            for process in self.processes:
-                if process.pid is None:
-                    continue
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    family = psutil.Process(process.pid)
-                    owners |= {family.pid, *(child.pid for child in family.children(recursive=True))}
             # Requests had no time to end, so this is not what is left of it; see get_engine_process_shutdown_timeout.
             at_once = timeout == 0 and self._request_shutdown_timeout == 0
             original(self, END_GRACE_S if at_once else timeout)
-            remove_stale(owners=owners, timeout_s=END_GRACE_S)  # a killed one takes a moment to give its memory back
 
         return shutdown
 

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_retrieval_attn.core import config as knobs_module
 from vllm_retrieval_attn.core.config import GB, KEY, ResolvedConfig, RetrievalConfig
+from vllm_retrieval_attn.core.limits import available_memory
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.device.decode_step import PAGE
 from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.plugin.compat import CONNECTOR_MODULE, GRAPHS_KEY, NAME
 from vllm_retrieval_attn.plugin.resolved import CONNECTOR, EXTENSION
+from vllm_retrieval_attn.store.shared_file import promised
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -185,15 +187,15 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
             f"{vllm_config.model_config.max_model_len}, so nothing would ever leave the paged cache; lower them, or "
             "serve without --attention-backend retrieval"
         )
-    spoken_for = 0
+    spoken_for = promised()  # to other servers, which have not touched all of theirs
     if current_platform.is_cpu():
         if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             split = Split(knobs.sink_tokens, knobs.window_tokens, knobs.resident_tokens, cache.block_size)
             blocks = split.blocks_bound(vllm_config.max_in_flight_tokens)
             requests = min(_CPU_REQUESTS, scheduler.max_num_seqs)
             wanted = requests * blocks * cache.block_size * per_token
-            cache.kv_cache_memory_bytes = min(max(wanted, GB), knobs_module.available_memory() // 4)
-        spoken_for = cache.kv_cache_memory_bytes or 0
+            cache.kv_cache_memory_bytes = min(max(wanted, GB), available_memory() // 4)
+        spoken_for += cache.kv_cache_memory_bytes or 0
     return knobs_module.resolve(
         knobs,
         index_bytes_per_token=index_bytes_per_token(vllm_config) if knobs.index == "attention" else 0,

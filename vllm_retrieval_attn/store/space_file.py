@@ -8,14 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_retrieval_attn.core.caches import cache_folder
 from vllm_retrieval_attn.sketch.space import Space
 
 logger = logging.getLogger("vllm.retrieval.memory")
-
-
-def cache_folder() -> Path:
-    """``VLLM_RETRIEVAL_CACHE``, or ``~/.cache/vllm-retrieval``."""
-    return Path(os.environ.get("VLLM_RETRIEVAL_CACHE", Path.home() / ".cache/vllm-retrieval"))
 
 
 def space_path(identity: str, rank: int, ranks: int) -> Path:

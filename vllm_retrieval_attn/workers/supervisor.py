@@ -14,10 +14,13 @@ torch.
 import json
 import logging
 import os
+import secrets
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
@@ -82,12 +85,34 @@ def _leave_out() -> None:
             setattr(Node, name, lambda self, **how: None)
 
 
+def _stay_on_loopback() -> None:
+    """Have a local Ray listen on 127.0.0.1 alone: it does where that is its node's address, and takes another where
+    it is told so. If the function is called otherwise in another version, Ray listens on all interfaces, as it does by
+    default, and wants the token."""
+    from ray._private import services
+
+    if hasattr(services, "resolve_ip_for_localhost"):
+        services.resolve_ip_for_localhost = lambda host: host
+
+
+def ray_temp_dir() -> str | None:
+    """Where a local Ray keeps sockets and logs; None: where it does by default. That folder may be another user's."""
+    usual = Path(tempfile.gettempdir(), "ray")
+    if os.access(usual if usual.exists() else usual.parent, os.W_OK | os.X_OK):
+        return None
+    return str(Path(tempfile.gettempdir(), f"ray-{os.getuid()}"))
+
+
 def start_ray(address: str | None) -> None:
     """Connect to Ray, or start a local one.
 
     Raises:
         RuntimeError: it does not start.
     """
+    if address is None:
+        # A token of its own: Ray would look for one in the home folder, and not every user has a home. It reads this
+        # when it is imported.
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -99,9 +124,10 @@ def start_ray(address: str | None) -> None:
             ray.init(address=address, **quiet)
         else:
             _leave_out()
+            _stay_on_loopback()
             ray.init(
                 address="local", include_dashboard=False, configure_logging=False, object_store_memory=_STORE_BYTES,
-                num_cpus=0, **quiet,
+                num_cpus=0, _node_ip_address="127.0.0.1", _temp_dir=ray_temp_dir(), **quiet,
             )  # fmt: skip
     except Exception as error:  # of any of Ray's many kinds
         where = f"at ray_address={address!r}" if address else "locally"

@@ -14,6 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from vllm_retrieval_attn.core.caches import keep_compiled
+
+keep_compiled()
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 FUTEX_NUMBER = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # not FUTEX_PRIVATE: the word is shared between processes

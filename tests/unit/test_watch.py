@@ -1,0 +1,19 @@
+"""The interval that `vllm-retrieval bench watch` tells."""
+
+import pytest
+
+from vllm_retrieval_attn.bench.watch import interval
+
+
+def test_the_interval_is_students():
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low + high) / 2 == pytest.approx(3.0)
+    assert (high - low) / 2 == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
+
+
+def test_a_difference_that_is_always_there_leaves_zero_out_and_noise_does_not():
+    noise = [0.1, -0.2, 0.15, -0.1, 0.05, -0.05, 0.2, -0.15, 0.0, 0.02]
+    low, high = interval(noise)
+    assert low < 0 < high
+    low, high = interval([1 + x for x in noise])
+    assert 0 < low < 1 < high

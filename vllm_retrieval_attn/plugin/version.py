@@ -1,0 +1,3 @@
+"""The version of vLLM that plugin/compat.py is written for."""
+
+VLLM = "0.32"
