@@ -9,7 +9,7 @@ TORCH := 2.13.0
 # Where pip does not find the CPU build of torch by itself, name PyTorch's index of CPU wheels here.
 TORCH_INDEX ?=
 
-.PHONY: setup tools serve demo test lint clean
+.PHONY: setup tools serve demo test lint image clean
 
 setup: $(VENV)/installed
 
@@ -35,7 +35,8 @@ serve: setup  ## serve the demo's model
 demo: setup  ## serve SmolLM2 and ask it about a long document
 	$(BIN)/python -m vllm_retrieval_attn.demo
 
-tools:  ## a browser and promtool for tests, where Debian's can be installed; without them these tests are skipped
+tools: setup  ## helm, a browser and promtool for tests, where they can be had; without them these tests are skipped
+	@[ -x $(BIN)/helm ] || $(BIN)/python tests/tools/fetch_helm.py || echo "no helm: the chart's tests are skipped"
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  for pair in chromium-headless-shell:chromium-headless-shell promtool:prometheus; do \
 	    command -v $${pair%:*} >/dev/null || missing="$$missing $${pair#*:}"; \
@@ -55,6 +56,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+image: setup  ## build the CPU image (buildah or docker, as root) and ask it something
+	deploy/image.sh "$$($(BIN)/python -m vllm_retrieval_attn.bench.models)"
 
 clean:
 	rm -rf $(VENV)

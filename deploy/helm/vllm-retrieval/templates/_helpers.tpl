@@ -1,0 +1,31 @@
+{{- define "vllm-retrieval.name" -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "vllm-retrieval.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "vllm-retrieval.labels" -}}
+{{ include "vllm-retrieval.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{/* GiB of the pod: host memory is 10^9 bytes, a limit is 2^30. */}}
+{{- define "vllm-retrieval.memoryGi" -}}
+{{- $host := divf (mulf .Values.retrieval.hostMemoryGb 1000000000) 1073741824 | ceil | int -}}
+{{- $needed := add $host .Values.resources.overheadGi .Values.resources.shmGi -}}
+{{- if and .Values.resources.memoryGi (lt (int .Values.resources.memoryGi) (int $needed)) -}}
+{{- fail (printf "resources.memoryGi=%d can not hold retrieval.hostMemoryGb=%v: %d GiB are needed (host memory %d, overheadGi %d, shmGi %d)" (int .Values.resources.memoryGi) .Values.retrieval.hostMemoryGb (int $needed) $host (int .Values.resources.overheadGi) (int .Values.resources.shmGi)) -}}
+{{- end -}}
+{{- .Values.resources.memoryGi | default $needed -}}
+{{- end -}}
+
+{{- define "vllm-retrieval.knobs" -}}
+{{- if hasKey .Values.retrieval.knobs "host_memory_gb" -}}
+{{- fail "set retrieval.hostMemoryGb, from which the pod's memory follows, not retrieval.knobs.host_memory_gb" -}}
+{{- end -}}
+{{- dict "retrieval" (merge (dict "host_memory_gb" .Values.retrieval.hostMemoryGb) .Values.retrieval.knobs) | toJson -}}
+{{- end -}}
