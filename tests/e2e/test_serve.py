@@ -38,7 +38,7 @@ class Server:
                 *(vllm, "serve", str(smollm2()), "--attention-backend", "Retrieval", "--additional-config", knobs),
                 *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager", "--port", str(self.port)),
                 *("--served-model-name", "m", "--host", "127.0.0.1", "--kv-cache-memory-bytes", "600000000"),
-                *("--shutdown-timeout", "60"),
+                *("--shutdown-timeout", "100"),
             ],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -230,7 +230,7 @@ def asked(server, path, key=None, method="GET", body=None):
 
 
 @contextlib.contextmanager
-def a_long_answer(server):
+def a_long_answer(server, tokens=150):
     """One that is under way; yields a future of its finish reason and the tokens that it got."""
 
     def listen(stream):
@@ -238,7 +238,7 @@ def a_long_answer(server):
         return chunks[-1].finish_reason, sum(bool(chunk.text) for chunk in chunks)
 
     stream = server.client.completions.create(
-        model="m", prompt="Attention sinks are " * 60, max_tokens=150, temperature=0, stream=True,
+        model="m", prompt="Attention sinks are " * 60, max_tokens=tokens, temperature=0, stream=True,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     first = next(iter(stream))
@@ -344,12 +344,13 @@ def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(server):
 
 def test_a_clean_end_leaves_no_process_and_cuts_no_answer(server):
     started = family(server)
-    with a_long_answer(server) as answer:
+    # Few tokens: beside an engine on one of two cores each takes up to half a second.
+    with a_long_answer(server, 60) as answer:
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)  # until the server has heard
         assert min(refused(server) for _ in range(3)) < 0.05
-        finish, _ = answer.result(60)
+        finish, _ = answer.result(100)
     assert finish == "length"
-    server.process.wait(40)
+    server.process.wait(60)
     _, left = psutil.wait_procs(started, timeout=20)
     assert not left
