@@ -30,7 +30,7 @@ def simulation(config, request):
 
 
 def reused(simulation, name):
-    return simulation.connector._cached.get(name)
+    return simulation.connector.log._cached.get(name)
 
 
 def finish(simulation, *names):

@@ -36,9 +36,9 @@ PACKAGE = Path(vllm_retrieval_attn.__file__).parent
 PLAIN = {
     "core": {"core"},
     "sketch": {"sketch"},
-    "index": {"index", "sketch"},
+    "index": {"core", "index", "sketch"},
     "baselines": {"baselines", "index", "sketch"},
-    "store": {"store", "sketch"},
+    "store": {"core", "store", "sketch"},
 }
 """Folders that know neither vLLM nor Ray, and what of the package they may import."""
 
