@@ -4,7 +4,10 @@
 # (where packages come from a folder of this machine, say).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MODEL=$(realpath "${1:?a model folder}")
+# A copy that uid 2000 can read: weights are often written for their owner alone.
+MODEL=$(mktemp -d)
+cp -rL "${1:?a model folder}"/. "$MODEL"
+chmod -R a+rX "$MODEL"
 BASE=${BASE:-debian:bookworm-slim}
 NAME=vllm-retrieval-attn:cpu
 PORT=${PORT:-8123}
@@ -26,7 +29,7 @@ if command -v buildah >/dev/null; then
   export root MODEL
   # shellcheck disable=SC2016
   env -i PATH="$PATH" root="$root" MODEL="$MODEL" unshare --mount --fork --kill-child bash -c '
-    mount --bind "$root" "$root" && mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev"
+    mount --bind "$root" "$root" && mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" && mount --rbind /sys "$root/sys"
     mount --bind "$root/home" "$root/home"
     mkdir -p "$root/model" && mount --bind -o ro "$MODEL" "$root/model"
     mount -t tmpfs tmpfs "$root/tmp" && chmod 1777 "$root/tmp"
@@ -36,11 +39,11 @@ if command -v buildah >/dev/null; then
       RETRIEVAL_VIEW_KEY=view vllm serve "$@"
   ' bash "${arguments[@]}" &
   server=$!
-  trap 'kill -9 $server 2>/dev/null; wait $server 2>/dev/null; buildah umount "$container" >/dev/null; buildah rm "$container" >/dev/null' EXIT
+  trap 'kill -9 $server 2>/dev/null; wait $server 2>/dev/null; buildah umount "$container" >/dev/null; buildah rm "$container" >/dev/null; rm -r "$MODEL"' EXIT
 else
   id=$(docker run -d --read-only --tmpfs /tmp --user 2000 --network host -e RETRIEVAL_VIEW_KEY=view \
     -v "$MODEL":/model:ro "$NAME" "${arguments[@]}")
-  trap 'docker rm -f "$id" >/dev/null' EXIT
+  trap 'docker rm -f "$id" >/dev/null; rm -r "$MODEL"' EXIT
 fi
 
 for _ in $(seq 300); do
