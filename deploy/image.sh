@@ -39,7 +39,7 @@ if command -v buildah >/dev/null; then
       RETRIEVAL_VIEW_KEY=view vllm serve "$@"
   ' bash "${arguments[@]}" &
   server=$!
-  trap 'kill -9 $server 2>/dev/null; wait $server 2>/dev/null; buildah umount "$container" >/dev/null; buildah rm "$container" >/dev/null; rm -r "$MODEL"' EXIT
+  trap 'kill -9 $server 2>/dev/null; wait $server 2>/dev/null || true; buildah umount "$container" >/dev/null; buildah rm "$container" >/dev/null; rm -r "$MODEL"' EXIT
 else
   id=$(docker run -d --read-only --tmpfs /tmp --user 2000 --network host -e RETRIEVAL_VIEW_KEY=view \
     -v "$MODEL":/model:ro "$NAME" "${arguments[@]}")
