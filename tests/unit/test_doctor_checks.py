@@ -67,6 +67,9 @@ CASES = {
                                            m.setattr(checks, "available_cpus", lambda: 1)), Verdict.WARN, "two"),
     "no home": (checks.home, lambda m, t: m.setattr(checks, "cache_folder", lambda: Path(tempfile.gettempdir(), "x")),
                 Verdict.WARN, "VLLM_RETRIEVAL_CACHE"),
+    "a cache that can not be written": (checks.numba, lambda m, t: (
+        m.setenv("NUMBA_CACHE_DIR", str(t)), m.setattr(checks.os, "access", lambda path, how: False)), Verdict.WARN,
+        "NUMBA_CACHE_DIR"),
     "Yama": (checks.attaching, lambda m, t: files(m, t, "_PTRACE", "2\n"), Verdict.WARN, "ptrace_scope"),
     "no Yama": (checks.attaching, lambda m, t: m.setattr(checks, "_PTRACE", t / "none"), Verdict.OK, ""),
     "no huge pages": (checks.huge_pages, lambda m, t: (

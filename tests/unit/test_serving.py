@@ -32,7 +32,7 @@ NOW = {
 
 
 LIVE = {"id": "a-1", "state": "running", "arrived": 1e9, "prompt_tokens": 900, "output_tokens": 3,
-        "computed_tokens": 902, "host_tokens": 500, "paged_tokens": 402, "cached_tokens": 64}  # fmt: skip
+        "host_tokens": 500, "paged_tokens": 402, "cached_tokens": 64}  # fmt: skip
 ENDED = {"id": "b-2", "finish": "stop", "arrived": 1e9, "seconds": 2.5, "prompt_tokens": 900, "output_tokens": 30,
          "paged_blocks": 20, "host_tokens": 500, "paged_tokens": 402, "cached_tokens": 0, "path": "sketch",
          "rows_read": 80, "degraded_steps": 0}  # fmt: skip

@@ -169,7 +169,7 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
 STAMPS = 7
 """Numbers behind the rows of Scratch.read: layers seen, and sums over them of the GPU's clock where each part begins,
 and where the last ends."""
-_PARTS_TIMED = ("write", "score", "weigh", "gather", "merge")
+TIMED = ("write", "score", "weigh", "gather", "merge")
 
 
 def parts_of(stamps: npt.NDArray[np.int64]) -> dict[str, float]:
@@ -179,7 +179,7 @@ def parts_of(stamps: npt.NDArray[np.int64]) -> dict[str, float]:
         return {}
     with np.errstate(over="ignore"):  # sums are modulo 2^64, so their differences are right
         sums = np.diff(stamps[1:])
-    return {part: float(total) * 1e-9 / float(stamps[0]) for part, total in zip(_PARTS_TIMED, sums, strict=True)}
+    return {part: float(total) * 1e-9 / float(stamps[0]) for part, total in zip(TIMED, sums, strict=True)}
 
 
 class DecodeKernels:

@@ -129,11 +129,12 @@ def pinned() -> Check:
 def shm() -> Check:
     """vLLM and Ray want a little; host memory does not lie there."""
     try:
-        free = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+        found = os.statvfs("/dev/shm")
     except OSError:
         return Check("/dev/shm", Verdict.STOP, "there is none", "mount a tmpfs there (docker: --shm-size 1g)")
     if not os.access("/dev/shm", os.W_OK):
         return Check("/dev/shm", Verdict.STOP, "it can not be written", "mount it writable: vLLM and Ray need it")
+    free = found.f_bavail * found.f_frsize
     if free < _LEAST_SHM:
         return Check(
             "/dev/shm", Verdict.WARN, f"{free / 1e6:.0f} MB free",
@@ -168,7 +169,10 @@ def home() -> Check:
 def numba() -> Check:
     given = os.environ.get("NUMBA_CACHE_DIR")
     if given and not os.access(given, os.W_OK) and Path(given).exists():
-        return Check("compiled code", Verdict.OK, f"{given} can not be written: used from a copy")
+        return Check(
+            "compiled code", Verdict.WARN, f"{given} can not be written: a copy is used",
+            "set NUMBA_CACHE_DIR to a folder that can be, or what is compiled is lost with the container",
+        )  # fmt: skip
     return Check("compiled code", Verdict.OK, given or str(cache_folder() / "numba"))
 
 

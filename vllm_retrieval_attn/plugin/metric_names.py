@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from vllm_retrieval_attn.device.decode_kernels import TIMED
+
 PATHS = ("sketch", "faiss", "exact", "degraded", "paged")
 RESTARTS = ("died", "start", "silent", "asked", "supervisor")
-PARTS = ("write", "score", "weigh", "gather", "merge", "search")
+PARTS = (*TIMED, "search")
 
 
 class Metric(NamedTuple):

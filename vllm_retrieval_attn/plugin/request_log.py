@@ -130,6 +130,6 @@ class RequestLog:
         return {
             "id": request.request_id, "state": request.status.name.lower(), "arrived": request.arrival_time,
             "prompt_tokens": request.num_prompt_tokens, "output_tokens": request.num_output_tokens,
-            "computed_tokens": request.num_computed_tokens, "host_tokens": self._host_tokens(request),
+            "host_tokens": self._host_tokens(request),
             "paged_tokens": self._paged_tokens(request), "cached_tokens": self._cached.get(request.request_id, 0),
         }  # fmt: skip

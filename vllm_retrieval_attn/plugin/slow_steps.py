@@ -12,7 +12,7 @@ logger = logging.getLogger("vllm.retrieval.steps")
 
 
 class SlowSteps:
-    """Knows what is usual: a running mean, of which slow steps are no part."""
+    """Knows what is usual: a running mean, in which a slow step counts as twice the usual at most."""
 
     def __init__(self) -> None:
         self._usual, self._steps = 0.0, 0

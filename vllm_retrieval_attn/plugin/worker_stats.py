@@ -79,15 +79,11 @@ class WorkerStats:
 
     def _workers(self) -> list[dict[str, Any]]:
         pool = self._worker.pool
-        silent = pool.silent()
-        states = [
-            "absent" if not pool.lives(pid) else "silent" if number in silent else "alive"
-            for number, pid in enumerate(pool.pids())
-        ]
-        return [
-            {"number": number, "pid": pid, "state": state}
-            for number, (pid, state) in enumerate(zip(pool.pids(), states, strict=True))
-        ]
+        silent, found = pool.silent(), []
+        for number, pid in enumerate(pool.pids()):
+            state = "absent" if not pool.lives(pid) else "silent" if number in silent else "alive"
+            found.append({"number": number, "pid": pid, "state": state})
+        return found
 
     def _gauges(self, now: float) -> dict[str, float]:
         worker, layout = self._worker, self._worker.arena.layout

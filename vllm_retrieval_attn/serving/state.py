@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from vllm_retrieval_attn import __version__
-from vllm_retrieval_attn.plugin.metric_names import PATHS, RESTARTS, key
+from vllm_retrieval_attn.plugin.metric_names import COUNTERS, PATHS, RESTARTS, key
 from vllm_retrieval_attn.plugin.stats import SCHEDULER, Told, told
 from vllm_retrieval_attn.serving.drain import Drain
 from vllm_retrieval_attn.serving.models import (
@@ -21,7 +21,6 @@ from vllm_retrieval_attn.serving.models import (
 from vllm_retrieval_attn.serving.problems import problems
 
 FIGURES = ("recall", "mass", "output_error", "lse_bias")
-REFUSED = ("host_memory", "arguments", "draining")
 
 
 def status(client: Any, drain: Drain) -> Status:
@@ -86,7 +85,9 @@ def _engine(number: int, one: Told) -> Engine:
         codes_scored=int(total.get("codes_scored", 0)),
         layer_seconds=one.parts,
         requests_failed=_sum(total, "requests_failed"),
-        requests_refused={reason: int(total.get(key("requests_refused", reason), 0)) for reason in REFUSED},
+        requests_refused={
+            reason: int(total.get(key("requests_refused", reason), 0)) for reason in COUNTERS["requests_refused"].values
+        },
         compared_steps=int(total.get("compared_steps", 0)),
         fidelity=[Fidelity(layers=group, **{name: now[key(name, group)] for name in FIGURES}) for group in groups],
     )
@@ -117,8 +118,7 @@ def requests() -> Requests:
     now, live, ended = time.time(), [], []
     for number, one in told.items():
         for row in one.lists.get(SCHEDULER, {}).get("requests", []):
-            more = {name: value for name, value in row.items() if name != "computed_tokens"}
-            live.append(Request(engine=number, seconds=round(now - row["arrived"], 3), **more))
+            live.append(Request(engine=number, seconds=round(now - row["arrived"], 3), **row))
         ended += [ended_request(number, row) for row in one.ended]
     newest = sorted(ended, key=lambda request: request.arrived + request.seconds, reverse=True)
     return Requests(live=live, ended=newest)
