@@ -6,6 +6,12 @@ SHARED ?= ../shared
 # Without a GPU the CPU builds of torch and vLLM are installed (see README.md); with one, the usual ones.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH := 2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of pip's hundreds of lines, those that tell where it is: the large downloads, and that it unpacks.
+NEWS := sed -un -e 's/^ *\(Downloading\|Using cached\) \(.*[0-9][0-9]\.[0-9] MB)\)/   \1 \2/p' \
+  -e 's/^Installing collected packages:.*/   unpacking/p' -e 's/^ERROR/&/p'
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 # Where pip does not find the CPU build of torch by itself, name PyTorch's index of CPU wheels here.
 TORCH_INDEX ?=
 
@@ -14,26 +20,30 @@ TORCH_INDEX ?=
 setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml deploy/cpu/pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Setting up $(VENV), once: a few minutes, most of it pip fetching and unpacking packages."
+	@$(PYTHON) -m venv $(VENV) && $(PIP) install --quiet --upgrade pip
 ifeq ($(GPU),)
-	@echo "installing the CPU build of vLLM (several minutes the first time)"
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet ./deploy/cpu
+	@echo "1 of 3: torch, its CPU build"
+	@$(PIP) install "torch==$(TORCH)+cpu" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) | $(NEWS)
+	@echo "2 of 3: vLLM, its CPU build"
+	@$(PIP) install ./deploy/cpu | $(NEWS)
+	@echo "3 of 3: this package, and what its tests and the demo need"
+else
+	@echo "1 of 1: this package with vLLM and torch for CUDA, and what tests and the demo need"
 endif
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PIP) install --editable '.[dev]' | $(NEWS)
 ifeq ($(GPU),)
-	# Last, since every install brings them back: vLLM requires builds that do not fit the CPU build of torch, and
-	# with them transformers can not be imported.
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# Last, since every install brings them back: vLLM requires builds that do not fit the CPU build of torch, and
+	@# with them transformers can not be imported.
+	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	@touch $@
 
-serve: setup  ## serve the demo's model
-	$(BIN)/vllm serve "$$($(BIN)/python -m vllm_retrieval_attn.bench.models)" --attention-backend retrieval
+serve: setup  ## serve the demo's model and its page until Ctrl-C
+	@$(BIN)/python -m vllm_retrieval_attn.demo --serve
 
 demo: setup  ## serve SmolLM2 and ask it about a long document
-	$(BIN)/python -m vllm_retrieval_attn.demo
+	@$(BIN)/python -m vllm_retrieval_attn.demo
 
 tools: setup  ## helm, a browser and promtool for tests, where they can be had; without them these tests are skipped
 	@[ -x $(BIN)/helm ] || $(BIN)/python tests/tools/fetch_helm.py || echo "no helm: the chart's tests are skipped"

@@ -1,10 +1,12 @@
 """`make demo`: serve SmolLM2-135M with the retrieval backend and ask about facts far back in a long document.
 
 Starts ``vllm serve`` as a user would, waits for it, asks through the OpenAI client, shows answers and where the
-tokens were, and ends the server.
+tokens were, and ends the server. `make serve` (``--serve``) starts the same server and leaves it to the user.
 """
 
+import argparse
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -25,6 +28,7 @@ from vllm_retrieval_attn.evaluation.needles import questions
 
 DOCUMENTS = ((3_000, 2), (3_000, 4), (4_000, 5))
 """Prompt tokens and seed of each document. One fact each: a model of 135M parameters confuses several."""
+KEYS = ("VIEW", "ADMIN")
 _START_S, _ANSWER_S = 60, 25
 """Usual durations on two cores, for the progress bar."""
 
@@ -39,18 +43,25 @@ def wait(progress: Progress, what: str, usual_s: float, done: Any) -> None:
     progress.update(task, completed=usual_s)
 
 
-def main() -> None:
-    console = Console()
-    model = str(smollm2())
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
+def serve_command(model: str, port: int) -> list[str]:
+    """What a user would type, with the program's full path."""
+    return [
         *(str(Path(sys.executable).parent / "vllm"), "serve", model, "--attention-backend", "retrieval"),
         *("--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
         *("--additional-config", '{"retrieval": {"host_memory_gb": 2, "resident_tokens": 1024}}'),
     ]
-    console.print(f"[bold]$ {' '.join(command[1:])}[/bold]")
+
+
+def main() -> None:
+    """Serve, ask, show, end."""
+    console = Console()
+    console.print("SmolLM2-135M reads three long documents, one fact in each. About a minute.")
+    model = str(smollm2())
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = serve_command(model, port)
+    console.print("$ vllm " + " ".join(command[1:]), style="dim")
     log = Path(tempfile.gettempdir()) / f"retrieval-demo-{os.getpid()}.log"
     bars = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
@@ -74,6 +85,20 @@ def main() -> None:
         raise SystemExit("an answer is wrong: look whether --attention-backend CPU_ATTN gives it too")
 
 
+def serve(port: int) -> None:
+    """The demo's server in the foreground, with its page. Does not return."""
+    keys = {
+        f"RETRIEVAL_{kind}_KEY": os.environ.get(f"RETRIEVAL_{kind}_KEY") or secrets.token_urlsafe(9) for kind in KEYS
+    }
+    print(f"The OpenAI API:  http://127.0.0.1:{port}/v1   (model: smollm2)")
+    print(f"The page:        http://127.0.0.1:{port}/retrieval/")
+    print(f"  key to view it:    {keys['RETRIEVAL_VIEW_KEY']}")
+    print(f"  key to change:     {keys['RETRIEVAL_ADMIN_KEY']}")
+    print("It is up when vLLM says 'Application startup complete.'; Ctrl-C ends it.", flush=True)
+    command = serve_command(str(smollm2()), port)
+    os.execve(command[0], command, {**os.environ, **keys, "VLLM_PLUGINS": "retrieval"})
+
+
 def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
     """Ask for the fact in each document; one row each."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -92,7 +117,7 @@ def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
             answer = reply.choices[0].text.strip().partition("\n")[0]  # the model goes on with the document
             rows.append(
                 {
-                    "question": question.key,
+                    "key": question.key,
                     "position": question.position,
                     "expected": question.number,
                     "answer": answer,
@@ -105,21 +130,47 @@ def ask_all(progress: Progress, url: str, model: str) -> list[dict[str, Any]]:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Only sinks and a recent window stay in paged memory; the fact is retrieved from the host")
-    table.add_column("answer", min_width=30)
-    table.add_column("right")
-    for name in ("fact at", "prompt tokens", "tokens in pages", "tokens on host", "host rows read", "seconds"):
-        table.add_column(name, justify="right")
+    """The result in a line, then a row for each question; at most 80 columns."""
+    right = sum(row["right"] for row in rows)
+    paged, all_tokens = (
+        round(sum(row[name] for row in rows) / len(rows)) for name in ("paged_tokens", "prompt_tokens")
+    )
+    console.print(
+        f"[bold]{right} of {len(rows)} facts found[/bold], with {paged:,} of {all_tokens:,} tokens in paged memory.",
+        highlight=False,
+    )
+    table = Table(
+        caption="Pages held only the first and the latest tokens; the facts were retrieved from the host.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        width=80,
+    )
+    for name in ("fact", "number", "found"):
+        table.add_column(name, no_wrap=True)
+    for name in ("at token", "of", "in pages", "on host", "rows read", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["answer"],
-            "yes" if row["right"] else f"no, {row['expected']}",
+            row["key"],
+            row["expected"],
+            "yes" if row["right"] else "no",
             str(row["position"]),
-            *(str(row[name]) for name in ("prompt_tokens", "paged_tokens", "host_tokens", "rows_read")),
-            f"{row['seconds']:.1f}",
+            *(str(row[name]) for name in ("prompt_tokens", "paged_tokens", "host_tokens")),
+            f"{row['rows_read']:.0f}",
+            f"{row['seconds']:.0f} s",
         )
     console.print(table)
+    for row in rows:
+        if not row["right"]:
+            console.print(f"{row['key']}: expected {row['expected']}, was told: {row['answer']}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help="serve the demo's model, with the page, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.port)
+    else:
+        main()
