@@ -11,9 +11,10 @@
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
-#   triton     tests/gpu/test_kernels.py;  features     tests/gpu/test_lora_engine.py, test_graph_features.py, test_quantized_weights.py
+#   triton     tests/gpu/test_kernels.py;  features     tests/gpu/test_lora_engine.py, test_graph_features.py
 #   watch      row "a watched server"
-#   engine     tests/gpu/test_sketch_engine.py, test_reuse_engine.py, test_without_workers.py (reuse-test: the second alone);  http     tests/gpu/test_tpot_over_http.py
+#   engine     tests/gpu/test_quantized_weights.py, test_without_workers.py, test_sketch_engine.py, test_reuse_engine.py (reuse-test: the last alone)
+#   http       tests/gpu/test_tpot_over_http.py
 #
 # Without an installed package, PYTHONPATH must name this repository and vLLM.
 set -u
@@ -64,10 +65,11 @@ for stage in "$@"; do
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
   watch) cli bench watch --tokenizer "$MODEL" --json "$OUT/watch.json" --serve "--gpu-memory-utilization 0.45" ;;
   triton) run python3 -m pytest -p no:cacheprovider tests/gpu/test_kernels.py ;;
-  features) run python3 -m pytest -p no:cacheprovider tests/gpu/test_lora_engine.py tests/gpu/test_graph_features.py tests/gpu/test_quantized_weights.py ;;
+  features) run python3 -m pytest -p no:cacheprovider tests/gpu/test_lora_engine.py tests/gpu/test_graph_features.py ;;
   reuse-test) run python3 -m pytest -p no:cacheprovider tests/gpu/test_reuse_engine.py ;;
-  engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py tests/gpu/test_reuse_engine.py
-    run python3 -m pytest -p no:cacheprovider tests/gpu/test_without_workers.py ;;
+  engine) run python3 -m pytest -p no:cacheprovider tests/gpu/test_quantized_weights.py
+    run python3 -m pytest -p no:cacheprovider tests/gpu/test_without_workers.py
+    run python3 -m pytest -p no:cacheprovider tests/gpu/test_sketch_engine.py tests/gpu/test_reuse_engine.py ;;
   http) RETRIEVAL_TEST_TOKENIZER=$MODEL run python3 -m pytest -s -p no:cacheprovider tests/gpu/test_tpot_over_http.py ;;
   *) echo "unknown stage $stage"; exit 2 ;;
   esac
