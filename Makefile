@@ -15,7 +15,7 @@ SHELL := /bin/bash
 # Where pip does not find the CPU build of torch by itself, name PyTorch's index of CPU wheels here.
 TORCH_INDEX ?=
 
-.PHONY: setup tools serve demo test lint image clean
+.PHONY: setup tools serve demo test lint docs image clean
 
 setup: $(VENV)/installed
 
@@ -66,6 +66,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup  ## the documentation as a site, in site/
+	@$(BIN)/mkdocs build --quiet --strict --config-file deploy/docs/mkdocs.yml
+	@echo "site/index.html"
 
 image: setup  ## build the CPU image (buildah or docker, as root) and ask it something
 	deploy/image.sh "$$($(BIN)/python -m vllm_retrieval_attn.bench.models)"

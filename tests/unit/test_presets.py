@@ -1,4 +1,4 @@
-"""The presets under configs/: vLLM knows their arguments, we their knobs, the README their names."""
+"""The presets under configs/: vLLM knows their arguments, we their knobs, docs/knobs.md their names."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,6 @@ def test_a_preset_is_understood(path):
     assert read.max_model_len == given.get("max-model-len")
 
 
-def test_the_readme_names_them_all():
-    readme = (ROOT / "README.md").read_text()
-    assert [path.name for path in PRESETS if f"configs/{path.name}" not in readme] == []
+def test_the_docs_name_them_all():
+    page = (ROOT / "docs/knobs.md").read_text()
+    assert [path.name for path in PRESETS if f"configs/{path.name}" not in page] == []

@@ -10,7 +10,7 @@ from vllm_retrieval_attn.sketch.space import Space, balanced
 
 LEARN_TOKENS = 4096
 """Fewest tokens of a prompt that the space is learned from. All that it has are taken: rotary embeddings turn keys and
-queries on with every token, so what a prompt's beginning tells is not true of its end (docs/index.md)."""
+queries on with every token, so what a prompt's beginning tells is not true of its end (docs/index-study.md)."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE
 
 REST = np.float32(0.3)
 """Weight of a key that is no candidate, as a share of a key's at the threshold: better than 0.1 and 0.6
-(docs/index.md)."""
+(docs/index-study.md)."""
 BINS = 1 << (32 - BIN_SHIFT)
 WORD = 64
 """Keys of a word of marks; shards begin with a word."""

@@ -7,7 +7,7 @@ minimises the score error that noise of equal size in every dimension causes, su
 random rotation, which makes dimensions alike; D makes the keys' standard deviation 1 in each.
 
 Source: the weighting is that of anisotropic quantization (Guo et al., arXiv 1908.10396), balanced as measured in
-docs/index.md.
+docs/index-study.md.
 """
 
 import os

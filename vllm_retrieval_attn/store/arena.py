@@ -31,7 +31,7 @@ logger = logging.getLogger("vllm.retrieval.memory")
 
 SPACE_REACH = 2
 """How many times as long as the prompt that a space was learned from a request may be to be coded in it: rotary
-embeddings turn keys on, and at four times the length the rotation alone does better (docs/index.md)."""
+embeddings turn keys on, and at four times the length the rotation alone does better (docs/index-study.md)."""
 
 
 class ArenaFull(RuntimeError):
