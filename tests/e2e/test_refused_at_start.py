@@ -52,6 +52,7 @@ def test_the_default_host_memory_leaves_some_free():
         ({}, {"block_size": 24}, "multiple of 16"),
         ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 1"),
+        ({}, {"hf_overrides": {"sliding_window": 512}}, "sliding-window layers only"),  # as Mistral's first models
         ({}, {"kv_transfer_config": "other"}, "drop --kv-transfer-config"),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "drop --speculative-config"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e import hybrid
+from tests.e2e import families
 from tests.e2e.lora_engine import write_model
 from tests.e2e.reuse_engine import apart
 from vllm_retrieval_attn.bench.decode import _prompt
@@ -96,7 +96,7 @@ def test_a_hybrid_model(tmp_path):
 
     from vllm_retrieval_attn.bench.engine import InProcessEngine
 
-    folder = hybrid.make_model(tmp_path / "hybrid")
+    folder = families.make_model("gemma 3", tmp_path / "hybrid")
     knobs = {
         "host_memory_gb": 0.1, "window_tokens": 64, "sink_tokens": 16, "resident_tokens": 100, "rows": 1 << 15,
         "max_rows": 1 << 15,
