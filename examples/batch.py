@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: the terminal")
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--retrieval", type=json.loads, default={}, help='knobs, such as \'{"host_memory_gb": 64}\'')
+    parser.add_argument("--retrieval", type=json.loads, default={}, help="knobs, such as '{\"host_memory_gb\": 64}'")
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams

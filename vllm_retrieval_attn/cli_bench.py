@@ -167,7 +167,7 @@ def watch(
     serve: Annotated[str, typer.Option(help="More arguments of `vllm serve`.")] = "",
     out: Out = None,
 ) -> None:
-    """A decode step of a server that is watched (metrics, events, page) against one that tells nothing."""
+    """A decode step of a server while it is watched (metrics, events, page) and while it tells nothing."""
     import shlex
     import tempfile
 

@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 
 
 def index_study(
-    qkv: Annotated[list[Path], typer.Option(help="Captures (.npz, docs/index-study.md); written first with --capture.")],
+    qkv: Annotated[
+        list[Path], typer.Option(help="Captures (.npz, docs/index-study.md); written first with --capture.")
+    ],
     capture: Annotated[str | None, typer.Option(help="Capture from this model folder or name into --qkv.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to capture over; default: Python's docstrings.")] = None,
     tokens: Annotated[int, typer.Option(help="Prompt tokens of a capture.", min=64)] = 8_000,

@@ -1,9 +1,9 @@
 """What being watched costs a decode step: `vllm-retrieval bench watch`.
 
-Two servers on one machine: one is *silent* (`--disable-log-stats`, no routes), the other has metrics and routes.
-One request at a time goes to them by turns: to the silent one, to the other while nobody reads (*unread*), and to it
-while events, tables and `/metrics` are read as the page and Prometheus do (*watched*). Two servers may differ by more
-than what watching costs, by where their memory lies; unread and watched are the same one.
+One server, three ways by turns, one request at a time: this backend gathers nothing (*silent*, switched by
+bench/watch_control.py), it gathers metrics that nobody reads (*unread*), or events, tables and `/metrics` are read as
+the page and Prometheus do (*watched*). Two servers would differ by more than what watching costs, by where their memory
+lies (docs/benchmarks.md, 2026-11-27).
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from vllm_retrieval_attn.bench.http import free_port, is_up
 
 _START_S, _ANSWER_S = 300.0, 120.0
 _SCRAPE_S = 1.0
+CONTROL = "vllm_retrieval_attn.bench.watch_control.WatchControl"
 _T95 = {4: 2.776, 9: 2.262, 19: 2.093}
 """Quantiles of Student's t for a 95 % interval, by degrees of freedom."""
 
@@ -49,8 +50,8 @@ class Server:
         RuntimeError: it does not start; the message ends with its log.
     """
 
-    def __init__(self, model: Path, tokenizer: str, load: Workload, watched: bool, options: list[str]) -> None:
-        self.port, self._log = free_port(), model / f"log-{watched}"
+    def __init__(self, model: Path, tokenizer: str, load: Workload, options: list[str]) -> None:
+        self.port, self._log = free_port(), model / "log"
         self.url = f"http://127.0.0.1:{self.port}"
         knobs = {
             "host_memory_gb": 8, "rows": load.rows, "tau": _LEAST_TAU, "min_tau": _LEAST_TAU, "resident_tokens": 1024
@@ -58,15 +59,14 @@ class Server:
         knobs |= load.knobs
         drop = ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "VLLM_PLUGINS")
         environment = {name: value for name, value in os.environ.items() if name not in drop}
-        if watched:
-            environment |= {"VLLM_PLUGINS": "retrieval", "RETRIEVAL_VIEW_KEY": "view"}
+        environment |= {"VLLM_PLUGINS": "retrieval", "RETRIEVAL_VIEW_KEY": "view", "VLLM_SERVER_DEV_MODE": "1"}
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--tokenizer", tokenizer),
                 *("--load-format", "dummy", "--attention-backend", "retrieval", "--served-model-name", "m"),
                 *("--additional-config", json.dumps({"retrieval": knobs}), "--host", "127.0.0.1"),
                 *("--max-model-len", str(load.context + load.tokens + 64), "--max-num-seqs", "2"),
-                *("--port", str(self.port), *options, *(() if watched else ("--disable-log-stats",))),
+                *("--port", str(self.port), "--worker-extension-cls", CONTROL, *options),
             ],
             stdout=self._log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
@@ -76,6 +76,15 @@ class Server:
                 self.close()
                 raise RuntimeError(f"a server did not start:\n{self._log.read_text()[-4000:]}")
             time.sleep(0.5)
+
+    def gather(self, wanted: bool) -> None:
+        """Whether this backend gathers statistics from now on."""
+        asked = {"method": "retrieval_gather", "args": [wanted]}
+        request = urllib.request.Request(
+            f"{self.url}/collective_rpc", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as reply:
+            reply.read()
 
     def step_ms(self, prompt: list[int], tokens: int) -> float:
         """Median time between two tokens of an answer, in ms."""
@@ -169,23 +178,26 @@ def measure(shape: str, tokenizer: str, load: Workload, folder: Path, options: l
     config = json.loads((model / "config.json").read_text())
     config["vocab_size"] = words = len(AutoTokenizer.from_pretrained(tokenizer))
     (model / "config.json").write_text(json.dumps(config))
-    with contextlib.ExitStack() as stack:
-        silent = stack.enter_context(contextlib.closing(Server(model, tokenizer, load, False, options)))
-        telling = stack.enter_context(contextlib.closing(Server(model, tokenizer, load, True, options)))
+    with contextlib.closing(Server(model, tokenizer, load, options)) as server:
         prompt = _prompt(load.context, words, 1)
-        for server in (silent, telling):  # later requests find the prompt's prefix
-            server.step_ms(prompt, 16)
+        for _ in range(2):  # later requests find the prompt's prefix; the first ones of them warm up
+            server.step_ms(prompt, load.tokens)
         read = Counter[str]()
 
+        def step(gather: bool) -> float:
+            server.gather(gather)
+            return server.step_ms(prompt, load.tokens)
+
         def watched() -> float:
-            with contextlib.closing(Watcher(telling.url)) as watcher:
-                took = telling.step_ms(prompt, load.tokens)
+            server.gather(True)
+            with contextlib.closing(Watcher(server.url)) as watcher:
+                took = server.step_ms(prompt, load.tokens)
             read.update(events=watcher.events, scrapes=watcher.scrapes)
             return took
 
         ways: dict[str, Callable[[], float]] = {
-            "silent": lambda: silent.step_ms(prompt, load.tokens),
-            "unread": lambda: telling.step_ms(prompt, load.tokens),
+            "silent": lambda: step(False),
+            "unread": lambda: step(True),
             "watched": watched,
         }
         found: dict[str, list[float]] = {way: [] for way in ways}

@@ -42,7 +42,7 @@ class RetrievalConfig(BaseModel):
     resident_tokens: int = Field(4096, ge=0)
     """A request of up to so many tokens stays wholly in the paged cache and is exact."""
     index: Literal["attention", "flat", "none"] = "attention"
-    """``attention``: rows are sampled by 4-bit codes that Faiss scans, see docs/index-study.md. ``flat``: exact attention
+    """``attention``: rows are sampled by 4-bit codes, see docs/index-study.md. ``flat``: exact attention
     over every host token, equal to full attention up to rounding. ``none``: nothing is kept on the host, attention sees
     sinks and window alone (a lower bound to compare with)."""
     rows: int = Field(1024, ge=1, le=MOST_ROWS)

@@ -2,10 +2,10 @@
 
 Faiss's ``IndexIVFPQFastScan`` with a single list (the kind that answers range searches) and one dimension a
 sub-quantizer, whose codebooks are set instead of trained: 16 uniform levels in coordinates that have about mean 0 and
-deviation 1 (index/head.py). Measured against trained codebooks in docs/index-study.md. One more dimension is 1 for every key:
-a query carries there what is to be subtracted from its scores, so that a search for scores above 0 has a threshold of
-its own for every query. Keys are appended in whole blocks of BLOCK, already in Faiss's own layout (index/packing.py):
-its ``add`` takes many times as long, nearly all of it for encoding.
+deviation 1 (index/head.py). Measured against trained codebooks in docs/index-study.md. One more dimension is 1 for
+every key: a query carries there what is to be subtracted from its scores, so that a search for scores above 0 has a
+threshold of its own for every query. Keys are appended in whole blocks of BLOCK, already in Faiss's own layout
+(index/packing.py): its ``add`` takes many times as long, nearly all of it for encoding.
 
 All that scores above a threshold comes in no order, which takes Faiss half as long as the best k (docs/index-study.md).
 """
