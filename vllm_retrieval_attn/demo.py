@@ -5,6 +5,7 @@ tokens were, and ends the server. `make serve` (``--serve``) starts the same ser
 """
 
 import argparse
+import json
 import os
 import secrets
 import subprocess
@@ -53,8 +54,8 @@ def serve_command(model: str, port: int) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Serve, ask, show, end."""
+def main(out: Path | None = None) -> None:
+    """Serve, ask, show, end. out: for the rows as JSON."""
     console = Console()
     console.print("SmolLM2-135M reads three long documents, one fact in each. About a minute.")
     model = str(smollm2())
@@ -81,6 +82,8 @@ def main() -> None:
                 server.kill()
     show(console, rows)
     log.unlink()
+    if out:
+        out.write_text(json.dumps(rows))
     if not all(row["right"] for row in rows):
         raise SystemExit("an answer is wrong: look whether --attention-backend CPU_ATTN gives it too")
 
@@ -169,8 +172,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="serve the demo's model, with the page, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.port)
     else:
-        main()
+        main(arguments.json)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from vllm_retrieval_attn.bench.http import free_port, is_up
 from vllm_retrieval_attn.bench.models import smollm2
 from vllm_retrieval_attn.evaluation.needles import questions
 from vllm_retrieval_attn.plugin import metric_names as names
+
+ROOT = Path(__file__).parents[2]
 
 
 class Server:
@@ -75,6 +78,28 @@ def test_a_fact_far_back_is_retrieved_and_the_response_says_where_tokens_were(se
     assert held["path"] == "faiss"
     assert 64 < held["rows_read"] <= 1024 + 32
     assert held["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "says"),
+    [
+        (
+            "ask_a_file.py",
+            ("What is this about?", "Say it again."),
+            r"> Say it again\.\n(.|\n)*tokens of prompt, first answer",
+        ),
+        ("openai_client.py", (), r"exactly: ([1-9]\d+)(\.\d+)? of \1(\.0)? host tokens read in a step"),
+        ("langchain_chat.py", ("What is this about?", "--model", "m"), r"\w"),
+    ],
+)
+def test_an_example_runs(program, arguments, says, server, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("Attention sinks are the first tokens. The window is what came last. " * 80)
+    command = [sys.executable, str(ROOT / "examples" / program), str(text), *arguments, "--max-tokens", "4"]
+    command += ["--url", f"http://127.0.0.1:{server.port}/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(says, done.stdout), done.stdout
 
 
 def family(server):

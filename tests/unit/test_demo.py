@@ -30,3 +30,19 @@ def test_the_table_fits_80_columns(right):
 
 def test_a_wrong_answer_is_shown_with_what_was_expected():
     assert "expected 9892593, was told: the number is" in shown(False)
+
+
+def test_serve_tells_where_and_starts_what_the_demo_starts(monkeypatch, capsys):
+    monkeypatch.delenv("RETRIEVAL_VIEW_KEY", raising=False)
+    monkeypatch.setenv("RETRIEVAL_ADMIN_KEY", "mine")
+    started = []
+    monkeypatch.setattr(demo.os, "execve", lambda *how: started.append(how))
+    monkeypatch.setattr(demo, "smollm2", lambda: "model")
+    demo.serve(8123)
+    (program, command, environment), said = started[0], capsys.readouterr().out
+    assert program == command[0]
+    assert command == demo.serve_command("model", 8123)
+    assert environment["VLLM_PLUGINS"] == "retrieval"
+    assert "http://127.0.0.1:8123/retrieval/" in said
+    assert environment["RETRIEVAL_VIEW_KEY"] in said
+    assert environment["RETRIEVAL_ADMIN_KEY"] == "mine"
