@@ -1,12 +1,15 @@
 """Wheel and sdist: built, installed into an empty environment, and used from there without the repository."""
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +93,35 @@ def test_installed_elsewhere_vllm_finds_the_backend(built, tmp_path):
     assert said[-1] == "RETRIEVAL"
     version = run(str(tmp_path / "env/bin/vllm-retrieval"), "--version", cwd=tmp_path)
     assert version.startswith("vllm-retrieval 0.")
+
+
+def closure(name, found):
+    """The distributions installed here that ``name`` requires, itself among them."""
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    try:
+        requires = [] if name in found else [Requirement(line) for line in distribution(name).requires or []]
+    except PackageNotFoundError:  # for another platform
+        return found
+    found.add(name)
+    for requirement in requires:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            closure(requirement.name, found)
+    return found
+
+
+def megabytes(name):
+    files = distribution(name).files or []
+    return sum(path.stat().st_size for path in map(Path, (file.locate() for file in files)) if path.is_file()) / 1e6
+
+
+def test_an_install_adds_to_vllms_own_what_the_docs_say(built):
+    """Compiled files included; this package as its wheel unpacks, since it is installed in place here."""
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        ours = sum(file.file_size for file in archive.infolist()) / 1e6
+    added = closure("vllm-retrieval-attn", set()) - closure("vllm", set()) - {"vllm-retrieval-attn"}
+    total = ours + sum(megabytes(name) for name in added)
+    assert {"ray", "faiss-cpu"} <= added
+    assert total <= 400
+    (said,) = re.findall(r"adds (\d+) MB", (ROOT / "docs/support.md").read_text())
+    assert total == pytest.approx(float(said), rel=0.05)

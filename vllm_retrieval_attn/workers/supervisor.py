@@ -200,13 +200,23 @@ class Supervisor:
         for actor, held in enumerate(self._held):
             if held.pending in ready:
                 self._settle(actor, ray)
-            elif held.pending is None and held.due == 0 and process_start(held.process[0]) != held.process[1]:
+            elif held.due == 0 and self._is_gone(actor, held):
+                held.pending = None
                 self._words[actor_word(actor)] = 0
                 self._again(held)
                 self.tell("restarting", actor=actor)
             if held.due and time.monotonic() >= held.due:
                 held.due = 0.0
                 self.launch(actor)
+
+    def _is_gone(self, actor: int, held: _Held) -> bool:
+        """Whether its process has ended: between attaching and its answer, as it answered (then its start was never
+        known), or later."""
+        if held.pending is None:
+            pid, known = held.process
+            return known is None or process_start(pid) != known
+        attached = int(self._words[actor_word(actor)])
+        return attached != 0 and process_start(attached) is None
 
     def _settle(self, actor: int, ray: Any) -> None:
         held = self._held[actor]

@@ -29,3 +29,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- dict "retrieval" (merge (dict "host_memory_gb" .Values.retrieval.hostMemoryGb) .Values.retrieval.knobs) | toJson -}}
 {{- end -}}
+
+{{- define "vllm-retrieval.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository .Values.image.tag -}}
+{{- end -}}
+{{- end -}}
