@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_retrieval_attn import __version__, cli_bench, cli_eval, cli_fit, cli_study
+from vllm_retrieval_attn.cli_arguments import first_line, model_there
 from vllm_retrieval_attn.plugin.version import VLLM
 
 app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True)
@@ -40,6 +41,8 @@ def doctor(
     """
     from vllm_retrieval_attn.doctor.checks import Verdict, checks
 
+    if block_size % 16:
+        raise typer.BadParameter(f"{block_size} is no multiple of 16; name one", param_hint="--block-size")
     console = Console()
     colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.STOP: "bold red"}
     table = Table(title="This machine", show_header=False)
@@ -64,9 +67,9 @@ def _size(
     from vllm_retrieval_attn.doctor import sizing as find
 
     try:
-        shape = find.model_shape(model, tensor_parallel)
+        shape = find.model_shape(model_there(model), tensor_parallel)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"can not read the config of {model!r}: {str(error).splitlines()[0]}") from None
+        raise typer.BadParameter(f"can not read the config of {model!r}: {first_line(error)}") from None
     need = find.needs(shape, context, requests, tensor_parallel, block_size, chunk_tokens, RetrievalConfig())
     table = Table(title=f"{model}: {requests} request(s) of {context:,} tokens")
     table.add_column("memory")

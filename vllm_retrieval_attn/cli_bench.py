@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_retrieval_attn.cli_arguments import in_a_folder, json_object, model_there, one_line_errors
+
 bench = typer.Typer(help="Decode steps, prefill and their parts, ours beside full attention.", no_args_is_help=True)
 
 Shape = Annotated[str, typer.Option(help="Published shape, with dummy weights.")]
@@ -21,8 +23,9 @@ Tokens = Annotated[int, typer.Option(help="Output tokens.", min=12)]
 Fill = Annotated[
     bool, typer.Option("--fill", help="Ways sketch and flat: noise for K and V, instead of computing the prompts.")
 ]
+Plot = Annotated[Path, typer.Option(help="PNG to write.", dir_okay=False, callback=in_a_folder)]
 Options = Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM; key retrieval: our knobs.")]
-Out = Annotated[Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False)]
+Out = Annotated[Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False, callback=in_a_folder)]
 
 
 def register(app: typer.Typer) -> None:
@@ -55,11 +58,12 @@ def _ways(shape: str, ways: str) -> list[str]:
 def _told(rows: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
     """All rows, each printed and written as it comes."""
     found: list[dict[str, Any]] = []
-    for row in rows:
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        if out is not None:
-            out.write_text(json.dumps(found, indent=1))
+    with one_line_errors():
+        for row in rows:
+            found.append(row)
+            print(json.dumps(row), flush=True)
+            if out is not None:
+                out.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -92,7 +96,7 @@ def decode(
 
     asked = _ways(shape, ways)
     loads = [Load(context, batch, tokens, limit) for context, batch, limit in _combined(contexts, batches, rows)]
-    refuse_slow_steps(_told(compare(shape, asked, loads, json.loads(options), fill), out))
+    refuse_slow_steps(_told(compare(shape, asked, loads, json_object(options, "--options"), fill), out))
 
 
 @bench.command()
@@ -108,7 +112,7 @@ def prefill(
 
     asked = _ways(shape, ways)
     loads = [Load(context, 1, 12, 512) for context in _numbers(contexts, "--contexts") for _ in range(2)]
-    compared = compare(shape, asked, loads, json.loads(options))
+    compared = compare(shape, asked, loads, json_object(options, "--options"))
     keys = ("backend", "way", "shape", "context", "ttft_s", "device")
     _told(
         ({**{key: row[key] for key in keys}, "request": ("first", "later")[number % 2]}
@@ -119,7 +123,7 @@ def prefill(
 
 @bench.command()
 def sweep(
-    plot: Annotated[Path, typer.Option(help="PNG to write.", dir_okay=False)],
+    plot: Plot,
     shape: Shape = "llama-3.2-1b",
     ways: Ways = "sketch",
     contexts: Contexts = "8192,16384,32768,65536,131072,262144,524288,1047552",
@@ -134,7 +138,7 @@ def sweep(
 
     asked = _ways(shape, ways)
     loads = [Load(context, batch, 32, limit) for context, batch, limit in _combined(contexts, batches, rows)]
-    found = _told(compare(shape, asked, loads, json.loads(options), True), out)
+    found = _told(compare(shape, asked, loads, json_object(options, "--options"), True), out)
     plot_sweep(found, plot)
     refuse_slow_steps(found)
 
@@ -142,9 +146,9 @@ def sweep(
 @bench.command()
 def reuse(
     shape: Shape = "llama-3-8b",
-    context: Annotated[int, typer.Option(help="Tokens of a document.")] = 65_536,
-    questions: Annotated[int, typer.Option(help="Asked at once.")] = 8,
-    batch: Annotated[int, typer.Option(help="Requests that decode together.")] = 4,
+    context: Annotated[int, typer.Option(help="Tokens of a document.", min=1)] = 65_536,
+    questions: Annotated[int, typer.Option(help="Asked at once.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="Requests that decode together.", min=1)] = 4,
     options: Options = "{}",
     out: Out = None,
 ) -> None:
@@ -152,16 +156,16 @@ def reuse(
     from vllm_retrieval_attn.bench.reuse import measure
 
     _ways(shape, "sketch")
-    _told(measure(shape, context, questions, batch, json.loads(options)), out)
+    _told(measure(shape, context, questions, batch, json_object(options, "--options")), out)
 
 
 @bench.command()
 def watch(
     tokenizer: Annotated[str, typer.Option(help="Folder or name of a tokenizer.")],
     shape: Shape = "llama-3-8b",
-    context: Annotated[int, typer.Option(help="Prompt tokens.")] = 32_000,
+    context: Annotated[int, typer.Option(help="Prompt tokens.", min=1)] = 32_000,
     tokens: Tokens = 300,
-    rows: Annotated[int, typer.Option(help="Host rows that a step reads for a KV head.")] = 512,
+    rows: Annotated[int, typer.Option(help="Host rows that a step reads for a KV head.", min=1)] = 512,
     pairs: Annotated[int, typer.Option(help="Pairs of requests: 5, 10 or 20.")] = 10,
     knobs: Annotated[str, typer.Option(help="JSON: our knobs.")] = "{}",
     serve: Annotated[str, typer.Option(help="More arguments of `vllm serve`.")] = "",
@@ -175,14 +179,19 @@ def watch(
 
     if pairs not in (5, 10, 20):
         raise typer.BadParameter("must be 5, 10 or 20", param_hint="--pairs")
+    _ways(shape, "sketch")
+    try:
+        arguments = shlex.split(serve)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}", param_hint="--serve") from None
     with tempfile.TemporaryDirectory() as folder:
-        load = Workload(context, tokens, rows, pairs, json.loads(knobs))
-        _told(measure(shape, tokenizer, load, Path(folder), shlex.split(serve)), out)
+        load = Workload(context, tokens, rows, pairs, json_object(knobs, "--knobs"))
+        _told(measure(shape, model_there(tokenizer), load, Path(folder), arguments), out)
 
 
 @bench.command()
 def timeline(
-    plot: Annotated[Path, typer.Option(help="PNG to write.", dir_okay=False)],
+    plot: Plot,
     contexts: Contexts = "131072",
     batches: Batches = "1",
     rows: RowLimits = "512,1024",

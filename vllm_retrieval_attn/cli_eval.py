@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vllm_retrieval_attn.cli_arguments import in_a_folder, json_object, model_there, one_line_errors, text_of
 from vllm_retrieval_attn.cli_progress import counting_progress
 
 
@@ -48,22 +49,6 @@ def _lengths(value: str) -> list[int]:
     return [int(name) for name in names]
 
 
-def _options(value: str) -> dict[str, Any]:
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--options") from None
-    if not isinstance(found, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint="--options")
-    return found
-
-
-def _text(file: Path | None) -> str:
-    from vllm_retrieval_attn.evaluation.needles import filler
-
-    return filler() if file is None else file.read_text(errors="replace")
-
-
 def evaluate_modes(
     model: Annotated[str | None, typer.Option(help="Model folder or name; with --url the served name.")] = None,
     modes: Annotated[
@@ -88,7 +73,9 @@ def evaluate_modes(
     full_url: Annotated[str | None, typer.Option(help="Server with full attention to compare --url with.")] = None,
     mode_name: Annotated[str, typer.Option(help="What to call --url in the results.")] = "server",
     options: Annotated[str, typer.Option(help="JSON: arguments of vllm.LLM; key retrieval: our knobs.")] = "{}",
-    out: Annotated[Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows there.", dir_okay=False, callback=in_a_folder)
+    ] = None,
 ) -> None:
     """Quality beside full attention: RULER-like questions, perplexity and KL, in engines or on a server."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: its warnings break the bar
@@ -102,24 +89,21 @@ def evaluate_modes(
         _one_of(tasks or ",".join(TASKS), TASKS, "--tasks"),
         _one_of(modes, runners.MODES, "--modes"),
     )
-    asked_lengths, arguments = _lengths(lengths), _options(options)
+    asked_lengths, arguments = _lengths(lengths), json_object(options, "--options")
     if full_url is not None and (url is None or mode_name == runners.FULL):
         raise typer.BadParameter("needs --url, and a --mode-name other than full", param_hint="--full-url")
     if url is None and model is None:
         raise typer.BadParameter("name a model, or a server with --url", param_hint="--model")
-    settings = runs.Settings(_text(text), asked_tasks, asked_lengths, count, counts, seed, score_tokens)
+    settings = runs.Settings(text_of(text), asked_tasks, asked_lengths, count, counts, seed, score_tokens)
     console = Console()
-    try:
+    with one_line_errors():
         if url is not None:
             starts = runners.servers(url, model, mode_name, full_url)
             if PROSE in settings.tasks:
                 console.print("prose stays empty: a server can not be given the tokens of a text one by one")
         else:
-            starts = runners.engines(str(model), asked_modes, settings.lengths, arguments)
+            starts = runners.engines(model_there(str(model)), asked_modes, settings.lengths, arguments)
         rows = _run(console, starts, settings, out)
-    except (ValueError, RuntimeError, OSError) as error:
-        console.print(_first_line(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
     console.print(runs.table(rows))
 
 
@@ -139,10 +123,3 @@ def _run(console: Console, starts: Any, settings: Any, out: Path | None) -> list
             if out is not None:
                 out.write_text(json.dumps(rows, indent=1))
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    """The line that says what is wrong; pydantic, which checks vLLM's options, puts it after a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("Value error, ")]
-    return (told or lines or [repr(error)])[0].removeprefix("Value error, ")

@@ -1,11 +1,12 @@
 """The command ``vllm-retrieval fit-space``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from vllm_retrieval_attn.cli_arguments import json_object, model_there, one_line_errors, text_of
 
 
 def register(app: typer.Typer) -> None:
@@ -28,29 +29,29 @@ def fit_space(
     """Learn the model's space, so that the server need not take it from its first long prompt."""
     from vllm_retrieval_attn.bench.engine import InProcessEngine
     from vllm_retrieval_attn.device.learning import LEARN_TOKENS
-    from vllm_retrieval_attn.evaluation.needles import filler
 
-    try:
-        arguments = json.loads(options)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--options") from None
-    console = Console()
+    model, arguments = model_there(model), json_object(options, "--options")
+    content, console = text_of(text), Console()
     knobs = arguments.pop("retrieval", {})
-    engine = InProcessEngine(model, knobs, **{"enforce_eager": True, "max_num_seqs": 2, **arguments})
+    with one_line_errors():
+        engine = InProcessEngine(model, knobs, **{"enforce_eager": True, "max_num_seqs": 2, **arguments})
     try:
         worker = engine.worker()
         if again:
             worker.space.forget()
         if worker.stats()["space"] == "rotation":
-            content = filler() if text is None else text.read_text(errors="replace")
             prompt = engine.llm.get_tokenizer().encode(content)
             least = LEARN_TOKENS + worker.config.sink_end
             limit = min(tokens, engine.llm.model_config.max_model_len - 1)
             if min(len(prompt), limit) < least:
-                raise typer.BadParameter(f"{min(len(prompt), limit)} tokens are too few; it takes {least}")
+                raise typer.BadParameter(
+                    f"{min(len(prompt), limit)} tokens are too few; it takes {least}: name a longer --text, or raise "
+                    "--tokens or max_model_len in --options"
+                )
             engine.run([prompt[:limit]], max_tokens=1)
         if worker.stats()["space"] != "learned":
-            raise RuntimeError("no space was learned; the log above says why")
+            console.print("no space was learned; the log above says why", style="red")
+            raise typer.Exit(1)
         console.print(f"the model's space is kept in {worker.space.path}", soft_wrap=True)
     finally:
         engine.close()

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.one_line import assert_clear
 from vllm_retrieval_attn.core import config
 from vllm_retrieval_attn.core.config import RetrievalConfig, default_threads, parse, resolve
 
@@ -20,8 +21,7 @@ def refusal(call) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     text = str(caught.value)
-    assert text.startswith("retrieval: ")
-    assert "\n" not in text
+    assert_clear(text)
     return text
 
 
@@ -61,6 +61,85 @@ def refusal(call) -> str:
 )
 def test_a_bad_knob_is_refused_in_one_line_that_names_it(knobs, named):
     assert named in refusal(lambda: parse({"retrieval": knobs}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("rows", True, "valid integer"),
+        ("rows", "512", "valid integer"),
+        ("rows", None, "valid integer"),
+        ("rows", [1] * 3000, "valid integer"),
+        ("rows", {"rows": 1}, "valid integer"),
+        ("rows", 10**400, "less than or equal to"),
+        ("sink_tokens", 10**400, "less than or equal to"),
+        ("window_tokens", "", "valid integer"),
+        ("resident_tokens", 10**18, "less than or equal to"),
+        ("threads", 10**18, "less than or equal to"),
+        ("workers", "1", "valid integer"),
+        ("tau", True, "valid number"),
+        ("tau", "0.1", "valid number"),
+        ("tau", None, "valid number"),
+        ("fidelity", float("nan"), "finite number"),
+        ("fidelity", True, "valid number"),
+        ("host_memory_gb", "64", "valid number"),
+        ("host_memory_gb", float("-inf"), "finite number"),
+        ("sketch_gb", -1, "greater than or equal to 0"),
+        ("sketch_gb", False, "valid number"),
+        ("answer_timeout_s", 1e300, "less than or equal to"),
+        ("answer_timeout_s", 1e-300, "greater than or equal to"),
+        ("worker_timeout_s", 1e300, "less than or equal to"),
+        ("worker_timeout_s", 1e-300, "greater than or equal to"),
+        ("allow_exact", 1, "valid boolean"),
+        ("allow_exact", "yes", "valid boolean"),
+        ("poison_freed", None, "valid boolean"),
+        ("index", None, "'attention', 'flat' or 'none'"),
+        ("index", "Flat", "'attention', 'flat' or 'none'"),
+        ("index", "a\nb", "'attention', 'flat' or 'none'"),
+        ("index", "x" * 5000, "'attention', 'flat' or 'none'"),
+        ("ray_address", "", "host:port"),
+        ("ray_address", "local", "leave it out"),
+        ("ray_address", "127.0.0.1", "host:port"),
+        ("ray_address", "127.0.0.1:0", "host:port"),
+        ("ray_address", "ray://127.0.0.1:10001", "host:port"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_kind_it_should_be(name, value, wanted):
+    assert_clear(refusal(lambda: parse({"retrieval": {name: value}})), f"{name}=", wanted)
+
+
+@pytest.mark.parametrize("rows", [512, 512.0])
+def test_a_whole_number_may_be_written_as_json_likes(rows):
+    found = parse({"retrieval": {"rows": rows, "host_memory_gb": 2}})
+    assert (found.rows, type(found.rows), type(found.host_memory_gb)) == (512, int, float)
+
+
+@pytest.mark.parametrize(
+    ("additional", "name", "do"),
+    [
+        ([], "--additional-config", "JSON object"),
+        ([{"retrieval": {}}], "--additional-config", "JSON object"),
+        ("rows=5", "--additional-config", "JSON object"),
+        (5, "--additional-config", "JSON object"),
+        ({"rows": 512}, "'rows'", '{"retrieval": {"rows": ...}}'),
+        ({"retrieval": {}, "tau": 0.1}, "'tau'", '{"retrieval": {"tau": ...}}'),
+        ({"budget": 0.1}, "'budget'", '{"retrieval": {"budget": ...}}'),
+        ({"Retrieval": {"rows": 5}}, "'Retrieval'", 'write "retrieval"'),
+        ({"retrieval ": {"rows": 5}}, "'retrieval '", 'write "retrieval"'),
+        ({"retrieval": {"retrieval": {"rows": 5}}}, "unknown knob 'retrieval'", "known: "),
+        ({"retrieval": {"": 1}}, "unknown knob ''", "known: "),
+        ({"retrieval": {"ROWS": 1}}, "unknown knob 'ROWS'", "known: "),
+        ({"retrieval": {"host-memory-gb": 1}}, "'host-memory-gb'", "host_memory_gb"),
+        ({"retrieval": '{"rows": 5}'}, 'additional_config["retrieval"]', "JSON object"),
+        ({"retrieval": {1: 2}}, "1", "strings"),
+    ],
+)
+def test_knobs_in_a_wrong_place_are_refused_with_the_right_one(additional, name, do):
+    assert_clear(refusal(lambda: parse(additional)), name, do)
+
+
+def test_what_other_plugins_have_beside_is_theirs():
+    assert parse({"retrieval": {"rows": 5}, "other": {"rows": 1}, "retrieval-attn": 1}).rows == 5
 
 
 @pytest.mark.parametrize("index", ["ivf", "hnsw", "roar"])
@@ -144,7 +223,7 @@ def test_host_memory_without_room_for_a_page_is_refused(gigabytes):
 
 def test_a_machine_without_free_memory_is_refused(monkeypatch):
     monkeypatch.setattr(config, "available_memory", lambda: 3 * config.GB)
-    assert "host_memory_gb" in refusal(lambda: resolve(RetrievalConfig(), **MODEL))
+    assert_clear(refusal(lambda: resolve(RetrievalConfig(), **MODEL)), "3.0 GB of memory", "set host_memory_gb")
 
 
 def test_index_none_takes_no_host_memory_and_has_no_longest_request():

@@ -292,7 +292,9 @@ def test_knobs_change_all_or_none_and_the_answer_has_old_and_new(server):
     config = http.get("/retrieval/config", headers=bearer("view")).json()
     assert (config["rows"], config["fidelity"], config["tau"]) == (512, 0.5, 0.001)
     for wrong, said in (({"rows": 4096}, "max_rows=2048"), ({"tau": 2.0}, "retrieval_tau=2.0"), ({"fidelity": 2}, "1"),
-                        ({"row": 5}, "row"), ({"rows": 100, "tau": 0}, "retrieval_tau")):  # fmt: skip
+                        ({"row": 5}, "row"), ({"rows": 100, "tau": 0}, "retrieval_tau"), ({"rows": True}, "integer"),
+                        ({"rows": "512"}, "integer"), ({"tau": "0.1"}, "number"), ({"fidelity": True}, "number"),
+                        ):  # fmt: skip
         reply = change(**wrong)
         assert reply.status_code == 422
         assert said in reply.text

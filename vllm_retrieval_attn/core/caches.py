@@ -36,8 +36,17 @@ def _writable(folder: Path) -> bool:
 
 
 def _private() -> Path:
-    """A folder that is this user's alone: what lies in it is executed."""
-    folder = Path(tempfile.gettempdir(), f"vllm-retrieval-{os.getuid()}")
+    """A folder that is this user's alone: what lies in it is executed.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"vllm-retrieval-{os.getuid()}")
+    except FileNotFoundError:
+        raise OSError(
+            "retrieval: neither a cache folder nor a temporary one can be written; mount a writable /tmp, or set TMPDIR"
+        ) from None
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

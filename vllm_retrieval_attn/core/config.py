@@ -1,6 +1,7 @@
 """Every knob of the plugin, with its unit, its default and why; and what vLLM's config makes of it."""
 
 import os
+import reprlib
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +14,9 @@ KEY = "retrieval"
 
 GB = 10**9
 MOST_ROWS = 1 << 16
+MOST_RESIDENT = 1 << 21
+"""Paged tables have a place for each block of such a request."""
+MOST_THREADS = 1024
 
 REPLACED = {
     "budget": "rows",
@@ -32,14 +36,14 @@ MOST_SINKS = 64
 class RetrievalConfig(BaseModel):
     """Knobs under ``--additional-config '{"retrieval": {...}}'``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
-    sink_tokens: int = Field(128, ge=0)
+    sink_tokens: int = Field(128, ge=0, le=MOST_RESIDENT)
     """First tokens of a request that stay in the paged cache (attention sinks); the paper's 128.
     Rounded up to whole blocks."""
-    window_tokens: int = Field(512, ge=1)
+    window_tokens: int = Field(512, ge=1, le=MOST_RESIDENT)
     """Most recent tokens that stay in the paged cache; the paper's 512."""
-    resident_tokens: int = Field(4096, ge=0)
+    resident_tokens: int = Field(4096, ge=0, le=MOST_RESIDENT)
     """A request of up to so many tokens stays wholly in the paged cache and is exact."""
     index: Literal["attention", "flat", "none"] = "attention"
     """``attention``: rows are sampled by 4-bit codes, see docs/index-study.md. ``flat``: exact attention
@@ -71,22 +75,36 @@ class RetrievalConfig(BaseModel):
     what the weights leave; 0: none. On a GPU alone."""
     workers: int | None = Field(None, ge=1)
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     """Search threads in each actor. Default: see default_threads."""
     ray_address: str | None = None
-    """A running Ray cluster on this host. Default: a local Ray of our own that ends with the engine."""
-    answer_timeout_s: float = Field(2.0, gt=0)
+    """A running Ray cluster on this host, host:port or auto. Default: a local Ray of our own that ends with the
+    engine."""
+    answer_timeout_s: float = Field(2.0, ge=0.01, le=3600)
     """How long a step waits for the workers' answer before the engine attends to the rows itself, all of them."""
-    worker_timeout_s: float = Field(60.0, gt=0)
+    worker_timeout_s: float = Field(60.0, ge=1, le=86_400)
     """A living worker that has not answered for so long is taken for hung and replaced."""
     poison_freed: bool = False
     """Overwrite freed host pages and freed paged blocks with NaN. For tests: slow."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """1e4 is a float in JSON. Nothing else is taken for what it is not: true would be one row."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @field_validator("page_tokens")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
         if value & (value - 1):
             raise ValueError(f"must be a power of two, not {value}")
+        return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto" and ray_port(value) is None:
+            raise ValueError("must be host:port of a running Ray, or auto; leave it out for a local Ray")
         return value
 
     @model_validator(mode="after")
@@ -166,11 +184,18 @@ class ResolvedConfig(RetrievalConfig):
         return 1_000_000 if len(self.cpus) > 4 else 50_000
 
 
+def ray_port(address: str) -> tuple[str, int] | None:
+    """Host and port of ``host:port``; None where it is something else."""
+    host, _, port = address.rpartition(":")
+    known = host and not set(host) & set("/ ") and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+    return (host.strip("[]"), int(port)) if known else None
+
+
 def one_line(error: ValidationError) -> str:
     """A pydantic error as one line that names each knob."""
     parts = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]) or KEY
+        name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden" and name in REPLACED:
             parts.append(f"knob {name!r} is no more; use {REPLACED[name]!r}")
         elif problem["type"] == "extra_forbidden":
@@ -178,9 +203,22 @@ def one_line(error: ValidationError) -> str:
             parts.append(f"unknown knob {name!r} (known: {known})")
         elif not problem["loc"]:
             parts.append(problem["msg"].removeprefix("Value error, "))
-        else:
-            parts.append(f"{name}={problem['input']!r}: {problem['msg']}")
+        else:  # a value may be of any length
+            parts.append(f"{name}={reprlib.repr(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)
+
+
+def _refuse_misplaced(additional_config: dict[Any, Any]) -> None:
+    """Knobs beside ``retrieval`` instead of in it would be passed over. What else is there may be other plugins'."""
+    for name in additional_config:
+        text = str(name)
+        if text != KEY and text.strip().lower() == KEY:
+            raise ValueError(f'retrieval: additional_config has {text!r}; write "{KEY}"')
+        if text in RetrievalConfig.model_fields or text in REPLACED:
+            raise ValueError(
+                f'retrieval: the knob {text!r} lies beside "{KEY}" in additional_config; write '
+                f'{{"{KEY}": {{"{text}": ...}}}}'
+            )
 
 
 def parse(additional_config: Any) -> RetrievalConfig:
@@ -189,9 +227,16 @@ def parse(additional_config: Any) -> RetrievalConfig:
     Raises:
         ValueError: one line that says what to change.
     """
+    if isinstance(additional_config, list | str | int | float):  # what JSON can be besides; a program may pass its own
+        raise ValueError(
+            f'retrieval: --additional-config must be a JSON object such as {{"{KEY}": {{...}}}}, not '
+            f"{reprlib.repr(additional_config)}"
+        )
+    if isinstance(additional_config, dict):
+        _refuse_misplaced(additional_config)
     knobs = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(knobs, dict):
-        raise ValueError(f'retrieval: additional_config["{KEY}"] must be a JSON object, not {knobs!r}')
+        raise ValueError(f'retrieval: additional_config["{KEY}"] must be a JSON object, not {reprlib.repr(knobs)}')
     try:
         return RetrievalConfig.model_validate(knobs)
     except ValidationError as error:
@@ -247,6 +292,11 @@ def resolve(
     free = available_memory() - spoken_for
     if host_memory_gb is None:
         host_memory_gb = default_host_memory_gb(spoken_for)
+        if config.index != "none" and not host_memory_gb:
+            raise ValueError(
+                f"retrieval: {max(0, free) / GB:.1f} GB of memory are free, and host_memory_gb leaves 4 GB by default; "
+                "free memory on the host, raise the container's limit, or set host_memory_gb"
+            )
     elif config.index != "none" and host_memory_gb * GB > free:
         raise ValueError(
             f"retrieval: host_memory_gb={host_memory_gb:g} is more than the {free / GB:.1f} GB that are free; "

@@ -38,7 +38,7 @@ def search_options(
     Raises:
         ValueError: one line that names the argument.
     """
-    given = {name: value for name, value in (extra_args or {}).items() if name.startswith("retrieval_")}
+    given = {name: value for name, value in (extra_args or {}).items() if name.lower().startswith("retrieval")}
     for name in sorted(given.keys() - set(NAMES)):
         if name in REPLACED:
             raise ValueError(f"retrieval: request argument {name!r} is no more; use {REPLACED[name]!r}")

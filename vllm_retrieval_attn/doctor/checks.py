@@ -46,9 +46,8 @@ class Check(NamedTuple):
 
 def checks() -> Iterator[Check]:
     """All of them, in the order in which they matter."""
-    every: tuple[Callable[[], Check], ...] = (
-        processor, packages, gpu, memory, pinned, shm, cpus, home, numba, ray_folder, attaching, huge_pages,
-    )  # fmt: skip
+    folders: tuple[Callable[[], Check], ...] = (home, numba, ray_folder) if _temporary() else (no_temporary,)
+    every = (processor, packages, gpu, memory, pinned, shm, cpus, *folders, attaching, huge_pages)
     for check in every:
         yield check()
 
@@ -156,9 +155,28 @@ def cpus() -> Check:
     return Check("CPUs", Verdict.OK, found)
 
 
+def _temporary() -> str | None:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return None
+
+
+def no_temporary() -> Check:
+    return Check(
+        "temporary folder", Verdict.STOP, "none can be written",
+        "mount a writable /tmp, or set TMPDIR: vLLM and Ray have their sockets there",
+    )  # fmt: skip
+
+
 def home() -> Check:
-    folder = cache_folder()
-    if folder.is_relative_to(tempfile.gettempdir()):
+    folder, asked = cache_folder(), os.environ.get("VLLM_RETRIEVAL_CACHE")
+    if asked and folder != Path(asked):
+        return Check(
+            "cache", Verdict.WARN, f"{folder}: VLLM_RETRIEVAL_CACHE={asked} is no absolute folder that can be written",
+            "set VLLM_RETRIEVAL_CACHE to one, or each start learns and compiles anew",
+        )  # fmt: skip
+    if not asked and folder.is_relative_to(tempfile.gettempdir()):
         return Check(
             "cache", Verdict.WARN, f"{folder}: there is no home that can be written",
             "set VLLM_RETRIEVAL_CACHE to a folder that stays, or each start learns and compiles anew",

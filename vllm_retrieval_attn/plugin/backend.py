@@ -16,14 +16,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_retrieval_attn.plugin.metadata import RetrievalMetadata, RetrievalMetadataBuilder
 from vllm_retrieval_attn.plugin.resolved import resolved_config
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
+from vllm_retrieval_attn.plugin.supported import HEAD_SIZES, WITHOUT_US, serves_dtype
 from vllm_retrieval_attn.plugin.worker import current_worker
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.kv_cache_layout import KVCacheLayout
-
-HEAD_SIZES = [64, 80, 96, 128, 256]
 
 
 class RetrievalBackend(AttentionBackend):
@@ -53,8 +52,7 @@ class RetrievalBackend(AttentionBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        on_device = (torch.float32, torch.bfloat16) if current_platform.is_cpu() else (torch.bfloat16, torch.float16)
-        return dtype in on_device
+        return serves_dtype(dtype, current_platform.is_cpu())
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: "KVCacheSpec | None" = None) -> list[int | MultipleOf]:
@@ -124,8 +122,7 @@ class RetrievalImpl(AttentionImpl[RetrievalMetadata]):
         for what, present in unsupported.items():
             if present:
                 raise ValueError(
-                    f"retrieval: this model needs {what}, which the retrieval backend does not support; "
-                    "serve it without --attention-backend retrieval"
+                    f"retrieval: this model needs {what}, which the retrieval backend does not support; {WITHOUT_US}"
                 )
         self.num_heads = num_heads
         self.head_size = head_size

@@ -355,8 +355,28 @@ def _patch_engine_manager() -> None:
     wrap(CoreEngineProcManager, "shutdown", make_shutdown)
 
 
+def _patch_excepthook() -> None:
+    """What we refuse ends the program with our line alone: above it would stand forty of vLLM's and asyncio's.
+
+    Remove when ``vllm serve`` shows a ValueError about its configuration as one line.
+    """
+
+    def make(original: Any) -> Any:
+        def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            line = str(error)
+            if issubclass(kind, ValueError) and line.startswith("retrieval: ") and "\n" not in line:
+                print(line, file=sys.stderr)
+            else:
+                original(kind, error, trace)
+
+        return excepthook
+
+    wrap(sys, "excepthook", make)
+
+
 def install() -> None:
     """Register the backend and install every patch. Safe to call again."""
+    _patch_excepthook()
     _register_name()
     _patch_engine_args()
     _register_spec()

@@ -1,6 +1,7 @@
 """What selecting the backend does to vLLM's configuration, and what it refuses at start-up."""
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 from vllm_retrieval_attn.core import config as knobs_module
@@ -11,11 +12,13 @@ from vllm_retrieval_attn.device.decode_step import PAGE
 from vllm_retrieval_attn.index.packing import bytes_per_key
 from vllm_retrieval_attn.plugin.compat import CONNECTOR_MODULE, GRAPHS_KEY, NAME
 from vllm_retrieval_attn.plugin.resolved import CONNECTOR, EXTENSION
+from vllm_retrieval_attn.plugin.supported import WITHOUT_US, check_codes, check_engine, check_model, refuse
 from vllm_retrieval_attn.store.shared_file import promised
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
+_RAY_ANSWERS_S = 5.0
 _CPU_REQUESTS = 8
 """Requests at full residency that the default CPU pool has room for."""
 
@@ -24,13 +27,13 @@ def _backend_name(value: Any) -> str | None:
     return None if value is None else str(getattr(value, "name", value)).upper()
 
 
+def _connector(transfer: Any) -> Any:
+    return transfer.get("kv_connector") if isinstance(transfer, dict) else transfer.kv_connector
+
+
 def selected(args: Any) -> bool:
     """Whether these EngineArgs ask for our backend."""
     return NAME in (_backend_name(args.attention_backend), _backend_name(args.attention_config.backend))
-
-
-def refuse(what: str, instead: str) -> None:
-    raise ValueError(f"retrieval: {what} is not supported; {instead}")
 
 
 def prepare(args: Any) -> RetrievalConfig:
@@ -45,9 +48,13 @@ def prepare(args: Any) -> RetrievalConfig:
     knobs = knobs_module.parse(args.additional_config)
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         refuse(f"platform {current_platform.device_name}", "run on CPU or on an NVIDIA GPU")
-    transfer = args.kv_transfer_config
-    if transfer is not None and transfer.kv_connector != CONNECTOR:
-        refuse(f"a second KV connector ({transfer.kv_connector})", "drop --kv-transfer-config")
+    check_engine(args)
+    if args.speculative_config is not None:
+        refuse("speculative decoding", "drop --speculative-config")
+    if args.enable_sleep_mode:
+        refuse("sleep mode", "drop --enable-sleep-mode")
+    if args.kv_transfer_config is not None and _connector(args.kv_transfer_config) != CONNECTOR:
+        refuse(f"a second KV connector ({_connector(args.kv_transfer_config)})", "drop --kv-transfer-config")
     if args.kv_offloading_size is not None:
         refuse("--kv-offloading-size", "drop it: the host keeps the KV cache already")
     knobs = with_sketch(knobs, current_platform.is_cpu())
@@ -105,27 +112,13 @@ def finish(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> "VllmConfig":
 
 def check_supported(vllm_config: "VllmConfig") -> None:
     """Rule 7 of the design: unsupported means refused at start-up, with one clear line."""
+    from vllm.platforms import current_platform
+
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
-    if model.runner_type != "generate":
-        refuse(f"a {model.runner_type} model", "serve it without --attention-backend retrieval")
-    if model.is_encoder_decoder:
-        refuse("an encoder-decoder model", "serve it without --attention-backend retrieval")
-    if model.use_mla:
-        refuse("a model with multi-head latent attention (MLA)", "serve it without --attention-backend retrieval")
-    if model.is_hybrid or model.is_attention_free:
-        refuse("a model with state-space layers", "serve it without --attention-backend retrieval")
+    check_model(model, current_platform.is_cpu())
     if vllm_config.speculative_config is not None:
         refuse("speculative decoding", "drop --speculative-config")
-    if parallel.decode_context_parallel_size > 1:
-        refuse("decode context parallelism", "set --decode-context-parallel-size 1")
-    if parallel.prefill_context_parallel_size > 1:
-        refuse("prefill context parallelism", "set --prefill-context-parallel-size 1")
-    if parallel.pipeline_parallel_size > 1:
-        refuse("pipeline parallelism", "set --pipeline-parallel-size 1")
-    if parallel.data_parallel_size > 1:
-        refuse("data parallelism inside one server", "run one server for each replica")
-    if parallel.enable_dbo:
-        refuse("dual-batch overlap", "drop --enable-dbo")
+    check_engine(parallel)
     if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
         refuse(f"KV cache dtype {cache.cache_dtype}", "set --kv-cache-dtype auto")
     wanted = str(model.dtype).removeprefix("torch.")
@@ -133,10 +126,8 @@ def check_supported(vllm_config: "VllmConfig") -> None:
         refuse(f"KV cache dtype {cache.cache_dtype} with a model in {wanted}", "set --kv-cache-dtype auto")
     if cache.block_size % 16:
         refuse(f"block size {cache.block_size}", "set --block-size to a multiple of 16")
-    if getattr(model, "enable_sleep_mode", False):
-        refuse("sleep mode", "drop --enable-sleep-mode")
     if not count_full_attention_layers(model, parallel):
-        refuse("a model with sliding-window layers only", "serve it without --attention-backend retrieval")
+        refuse("a model with sliding-window layers only", WITHOUT_US)
 
 
 def count_full_attention_layers(model: "ModelConfig", parallel: "ParallelConfig") -> int:
@@ -174,6 +165,25 @@ def index_bytes_per_token(vllm_config: "VllmConfig") -> int:
     return round(layers * model.get_num_kv_heads(parallel) * bytes_per_key(model.get_head_size()))
 
 
+def query_heads_of_a_kv_head(vllm_config: "VllmConfig") -> int:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+
+
+def check_ray(address: str | None) -> None:
+    """Whether something listens where the CPU workers' supervisor would look for Ray, much later and for long."""
+    found = knobs_module.ray_port(address) if address is not None else None
+    if found is None:  # a local Ray, or one that Ray itself looks for
+        return
+    try:
+        socket.create_connection(found, _RAY_ANSWERS_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"retrieval: no Ray answers at ray_address={address} ({error.strerror or error}); start one on this host "
+            "(ray start --head), or leave ray_address out"
+        ) from None
+
+
 def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedConfig:
     """The knobs resolved for this engine; sizes the paged pool on CPU, where vLLM would take most of the RAM."""
     from vllm.platforms import current_platform
@@ -181,6 +191,13 @@ def resolve_for(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> ResolvedCo
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     per_token = kv_bytes_per_token(vllm_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
+    check_ray(knobs.ray_address)
+    if knobs.sketch_gb != 0:
+        check_codes(
+            count_full_attention_layers(vllm_config.model_config, vllm_config.parallel_config),
+            query_heads_of_a_kv_head(vllm_config),
+            vllm_config.model_config.max_model_len,
+        )
     if knobs.sink_tokens + knobs.window_tokens >= vllm_config.model_config.max_model_len:
         raise ValueError(
             f"retrieval: sink_tokens + window_tokens = {knobs.sink_tokens + knobs.window_tokens} reach max_model_len = "

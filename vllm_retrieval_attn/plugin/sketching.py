@@ -34,18 +34,13 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
     Args:
         layer: a retrieval layer's implementation, for its shapes.
     """
-    from vllm_retrieval_attn.device.decode_step import MOST_TOKENS, Geometry, most_entries
+    from vllm_retrieval_attn.device.decode_step import Geometry, most_entries
     from vllm_retrieval_attn.device.sketch import Sketch, current_sketch, keep_sketch, pages_for
 
     config = resolved_config(vllm_config)
     if not config.sketches or current_sketch() is not None:
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    max_len = vllm_config.model_config.max_model_len
-    if max_len > MOST_TOKENS:
-        raise ValueError(
-            f"retrieval: max_model_len={max_len} is too long for codes on the GPU; set it to {MOST_TOKENS}"
-        )
     free = torch.cuda.mem_get_info(device)[0]
     limit = None if config.sketch_gb is None else config.sketch_gb * 1e9
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from vllm_retrieval_attn.plugin.resolved import find_resolved_config
 from vllm_retrieval_attn.serving.control import control_router
 from vllm_retrieval_attn.serving.drain import Drain, DrainGate
-from vllm_retrieval_attn.serving.keys import ADMIN, VIEW, key_from
+from vllm_retrieval_attn.serving.keys import both_keys
 from vllm_retrieval_attn.serving.routes import router
 
 
@@ -22,8 +22,9 @@ class RetrievalEndpoints:
         self._drain = Drain()
 
     def attach_router(self, app: FastAPI) -> None:
-        app.include_router(router(self._drain, key_from(VIEW)))
-        app.include_router(control_router(self._drain, key_from(ADMIN)))
+        view, admin = both_keys()  # here: what fails in __init__ vLLM logs, and serves without the routes
+        app.include_router(router(self._drain, view))
+        app.include_router(control_router(self._drain, admin))
         app.add_middleware(DrainGate, drain=self._drain)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

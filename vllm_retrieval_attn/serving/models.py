@@ -147,7 +147,7 @@ class Aborted(BaseModel):
 class Change(BaseModel):
     """Knobs that may change while the server runs; those left out stay."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # true is no number of rows
 
     rows: int | None = Field(None, description="Of requests that arrive from now on and do not choose.")
     tau: float | None = Field(None, description="Likewise.")

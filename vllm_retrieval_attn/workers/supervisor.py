@@ -131,7 +131,7 @@ def start_ray(address: str | None) -> None:
             )  # fmt: skip
     except Exception as error:  # of any of Ray's many kinds
         where = f"at ray_address={address!r}" if address else "locally"
-        raise RuntimeError(f"retrieval: Ray did not start {where}: {error}") from error
+        raise RuntimeError(f"retrieval: Ray did not start {where}: {' '.join(str(error).split())}") from error
 
 
 def parts_of_ray() -> list[tuple[int, int | None]]:
