@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Images of vLLM with `--attention-backend retrieval`. Two targets:
 #
 #   docker build --target cuda .     on vLLM's own image (the default)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Everything runs in a virtual environment of its own. `make demo` and `make test` install what they need.
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,7 +46,11 @@ serve: setup  ## serve the demo's model and its page until Ctrl-C
 demo: setup  ## serve SmolLM2 and ask it about a long document
 	@$(BIN)/python -m vllm_retrieval_attn.demo
 
-tools: setup  ## helm, a browser and promtool for tests, where they can be had; without them these tests are skipped
+tools: setup  ## helm, checkov, a browser and promtool for tests, where they can be had; without them these tests are skipped
+	@# checkov in an environment of its own: it wants other versions of much.
+	@[ -x $(VENV)/policy/bin/checkov ] || { echo "installing checkov, which checks the chart (a minute)"; \
+	  $(PYTHON) -m venv $(VENV)/policy && $(VENV)/policy/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30; } \
+	  || echo "no checkov: the chart's policy check is skipped"
 	@[ -x $(BIN)/helm ] || $(BIN)/python tests/tools/fetch_helm.py || echo "no helm: the chart's tests are skipped"
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  for pair in chromium-headless-shell:chromium-headless-shell promtool:prometheus; do \

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Build the CPU image and ask it something, as a pod would run it: uid 2000, a root that cannot be written, /tmp alone.
 # Needs root, and buildah or docker. MODEL: a model's folder. BASE: the image to build on; IMAGE_BUILD_FLAGS: more for the build
 # (where packages come from a folder of this machine, say).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ask a server about a long file: a chat whose first message holds it. Answers are streamed as they come.
 
 The file is computed once. Later questions begin with what is kept of it in host memory (prefix caching).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One question about many files, in Python without a server; answers as JSON."""
 
 import argparse

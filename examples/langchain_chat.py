@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server behind LangChain's ChatOpenAI: ``pip install langchain-openai``."""
 
 import argparse

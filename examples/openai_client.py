@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a request may set and what a response tells, with the OpenAI client.
 
 ``vllm_xargs`` is vLLM's place for what backends understand; ``kv_transfer_params`` is where it puts what they tell.

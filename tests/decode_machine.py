@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of a decode step against their NumPy twin, stage by stage: what tests/gpu and tests/unit share."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines that tests look at from outside: processes, started ahead, each on a core of its own.
 
 An engine starts for half a minute and computes for minutes on a small machine. So one runs beside the tests that want

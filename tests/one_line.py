@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every answer to a wrong configuration must be: one clear line that names what is wrong and says what to do."""
 
 import math

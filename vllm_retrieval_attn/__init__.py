@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RetrievalAttention for stock vLLM: contexts that GPU memory does not limit.
 
 ``vllm serve MODEL --attention-backend retrieval``. See README.md and docs/architecture.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several commands ask of their arguments, and how errors of a user's are told: in one line, no traceback."""
 
 import json

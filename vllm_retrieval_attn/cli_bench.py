@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands ``vllm-retrieval bench``."""
 
 import itertools

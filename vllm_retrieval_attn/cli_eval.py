@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command ``vllm-retrieval eval``."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command ``vllm-retrieval fit-space``."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress bar of commands that count what is done."""
 
 from rich.console import Console

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make demo`: serve SmolLM2-135M with the retrieval backend and ask about facts far back in a long document.
 
 Starts ``vllm serve`` as a user would, waits for it, asks through the OpenAI client, shows answers and where the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages and files of the site that lie outside docs/: read where they are, so that each is written once.
 
 A link from a page to a file of the repository that is no page becomes a link to a copy of it under ``files/``.

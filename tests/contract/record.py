@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a vLLM has of what this package uses, as a dictionary that fits a file:
 
     python -m tests.contract.record WHEEL_OR_FOLDER tests/data/vllm-VERSION.json

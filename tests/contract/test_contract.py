@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this package uses of vLLM is there, in the installed version and in those recorded, and looks alike.
 
 Read from sources, without importing them: a version that is not installed has a record (tests/contract/record.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this package takes from vLLM, read from its sources: imports, overridden methods, wrapped methods.
 
 ``MEMBERS`` adds what no reader of sources finds: members of vLLM's objects that the package reads, most private.

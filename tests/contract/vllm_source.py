@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a copy of vLLM, installed or in a wheel, without importing it: which symbols it has, and their signatures."""
 
 import ast

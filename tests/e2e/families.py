@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small random models, one of each family that people serve, on vLLM's backend and on ours: run by test_families.py.
 
 All in one process: vLLM is imported once. tests/gpu takes its hybrid model from here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One engine with the default index: run by test_index.py in a process of its own."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters with what is kept of prompts: run by test_lora.py in a process of its own, by tests/gpu in graphs."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page under /retrieval/ in headless Chromium, against a live server."""
 
 import json

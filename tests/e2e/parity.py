@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy tokens of one engine over prompts of several lengths: run by test_parity.py, one process an engine."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny Llama with quantized weights: 4 bits as AWQ keeps them, or fp8 as vLLM makes it while loading."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts that begin alike, on one engine: run by test_reuse.py in a process of its own."""
 
 import json

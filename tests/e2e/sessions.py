@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming-input sessions on one engine with little host memory: run by test_sessions.py in a process of its own."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make demo`, as it is run: a server, three questions, the right answers."""
 
 import pytest

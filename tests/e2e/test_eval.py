@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The served default beside full attention: the table of `vllm-retrieval eval`."""
 
 import json

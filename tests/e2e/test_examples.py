@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/batch.py; the others are run by tests/e2e/test_serve.py, on its server."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people serve: with ``flat`` each family of models answers as with vLLM's own attention."""
 
 from itertools import zip_longest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The default index, live in the engine: the demo's questions, exact on request, a dead worker, a space learned."""
 
 import pytest

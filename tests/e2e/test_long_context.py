@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planted numbers over a long document on the real 64K model; `none` shows what retrieval adds."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters: answers are full attention's, and what is kept of a prompt is its adapter's alone."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flat` gives the greedy tokens of vLLM's own CPU backend, in float32."""
 
 import pytest

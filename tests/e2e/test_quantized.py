@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with AWQ weights: the answers are those of full attention with the same weights."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is not supported, or knobs that can not work, stop the start with one line that says what to change."""
 
 import socket

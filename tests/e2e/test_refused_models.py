@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models that are not served: refused by their configuration, and where that tells nothing, by their layers."""
 
 import json

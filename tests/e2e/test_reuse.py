@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept of a prompt is reused, and answers stay what they are without."""
 
 import pytest

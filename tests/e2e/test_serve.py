@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm serve` as a user starts it: spawned processes, HTTP, streaming, errors, shared memory after the end."""
 
 import contextlib

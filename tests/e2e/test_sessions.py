@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming-input sessions, as an asynchronous client feeds them; freed memory is poisoned throughout."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decode kernels on a CPU: sources compiled by g++ with cuda_on_cpu.hpp, behind the interface of DecodeKernels."""
 
 import ctypes

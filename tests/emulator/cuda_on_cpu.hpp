@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs CUDA kernels on a CPU, so that the sources of device/decode*.cuh are tested where there is no GPU: a block at a
 // time, each CUDA thread a fiber (ucontext) that runs until a barrier or a warp operation. Floating-point operations
 // round as on the GPU (compile with -ffp-contract=off), but for __expf and logf. What it cannot show: races that one

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # What docs/benchmarks.md records, in one go on a GPU machine: `bash tests/gpu/batch.sh STAGE ...`. Output and rows go to
 # $OUT (default: /tmp/out); a stage that fails or runs longer than $LIM seconds (default 300) does not keep the next.
 #

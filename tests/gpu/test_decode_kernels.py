@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of a decode step on a GPU, against their NumPy twin."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a server meets besides plain batches, in decode steps that are whole CUDA graphs: preemption, n > 1, aborts, a
 hybrid model. All rows are read, so that answers are full attention's."""
 

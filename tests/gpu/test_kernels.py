@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the CUDA layer against their references."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters in decode steps that are whole CUDA graphs: all rows read give full attention's answers."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with fp8 and AWQ weights: all rows read give the answers of full attention with the same weights."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts that begin alike, on a GPU: what is kept on the host, codes included, gives full attention's answers."""
 
 import gc

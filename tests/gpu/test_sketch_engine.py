@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode steps as one CUDA graph, in an engine: all rows read give what full attention gives; batches of all kinds."""
 
 import gc

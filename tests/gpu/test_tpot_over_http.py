@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time per output token as `vllm bench serve` sees it over HTTP is what `vllm-retrieval bench decode` measures."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests that need the CPU workers while there are none: the GPU attends to all of the host itself, where it lies."""
 
 import gc

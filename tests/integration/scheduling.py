@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's scheduler with our manager and connector, and an arena of token ids in place of a model."""
 
 import time

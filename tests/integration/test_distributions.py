@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wheel and sdist: built, installed into an empty environment, and used from there without the repository."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One in-process CPU engine with a tiny pool and arena; freed memory is poisoned throughout."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CPU workers in a Ray that runs already (`ray_address`), as in the pod of a RayCluster: they come and go, it stays."""
 
 import contextlib

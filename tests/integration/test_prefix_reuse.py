@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is reused of a prompt, in vLLM's scheduler without a model (scheduling.py). Tokens on the host are checked."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sessions, waiting and preemption in vLLM's scheduler, without a model (scheduling.py)."""
 
 import pytest

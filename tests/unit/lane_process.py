@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A program that serves one actor: ``argv[1]`` is the shared file, ``argv[2]`` the layout and the actor's place."""
 
 import json

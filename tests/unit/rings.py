@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ring with an actor's parts as threads of the test (or of a child process), and attention by brute force."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What host memory could never hold, and wrong arguments of a request, are refused at arrival."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arena: nobody writes a page that others have, freed pages are poisoned, everything is free at the end."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of index to compare with against brute force in float64, on clustered keys with queries from elsewhere."""
 
 from concurrent.futures import ThreadPoolExecutor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands `bench`: what they print, draw and refuse; engines are stood in for."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where caches go when there is no home, or one that can not be written; and what Numba's depend on."""
 
 import os

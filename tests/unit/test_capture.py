@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured queries, keys and values against a model's own attention."""
 
 import math

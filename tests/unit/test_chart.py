@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Helm chart: rendered for six sets of values, checked against Kubernetes' schema and against the image."""
 
 import json
@@ -16,9 +17,12 @@ from vllm_retrieval_attn.core.config import parse
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy/helm/vllm-retrieval"
 SETS = sorted(path.stem for path in (CHART / "ci").glob("*.yaml"))
-CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "RayCluster"}
 """Kinds of operators, whose schemas Kubernetes has not."""
 HELM = shutil.which("helm", path=str(Path(sys.executable).parent)) or shutil.which("helm")
+CHECKOV = shutil.which("checkov", path=str(Path(sys.executable).parent.parent / "policy/bin")) or shutil.which(
+    "checkov"
+)
 
 pytestmark = pytest.mark.skipif(HELM is None, reason="no helm here (make tools fetches it)")
 
@@ -37,8 +41,14 @@ def rendered(values, *sets):
 
 
 def pod(documents):
-    (deployment,) = (one for one in documents if one["kind"] == "Deployment")
-    return deployment["spec"]["template"]["spec"]
+    (one,) = (one for one in documents if one["kind"] in ("Deployment", "RayCluster"))
+    return one["spec"].get("headGroupSpec", one["spec"])["template"]["spec"]
+
+
+def server(documents):
+    """The container that serves."""
+    (container,) = (one for one in pod(documents)["containers"] if one["name"] == "vllm")
+    return container
 
 
 def test_there_are_six_sets_and_lint_finds_nothing():
@@ -63,7 +73,7 @@ def test_the_pods_memory_holds_what_the_server_will_take(values):
         **yaml.safe_load((CHART / "values.yaml").read_text()),
         **yaml.safe_load((CHART / "ci" / f"{values}.yaml").read_text()),
     }
-    found = pod(rendered(values))["containers"][0]
+    found = server(rendered(values))
     (knobs,) = (one.partition("=")[2] for one in found["args"] if one.startswith("--additional-config="))
     assert parse(json.loads(knobs)).host_memory_gb == given["retrieval"]["hostMemoryGb"]
     limit = int(re.fullmatch(r"(\d+)Gi", found["resources"]["limits"]["memory"]).group(1))
@@ -74,8 +84,8 @@ def test_the_pods_memory_holds_what_the_server_will_take(values):
 @pytest.mark.parametrize("values", SETS)
 def test_the_pod_is_what_the_image_has_and_no_more(values):
     """Users, ports and files of the Dockerfile; nothing privileged; grace for all that ends."""
-    spec, docker = pod(rendered(values)), (ROOT / "Dockerfile").read_text()
-    (container,) = spec["containers"]
+    documents, docker = rendered(values), (ROOT / "Dockerfile").read_text()
+    spec, container = pod(documents), server(documents)
     assert f"USER {spec['securityContext']['runAsUser']}" in docker
     assert f"EXPOSE {container['ports'][0]['containerPort']}" in docker
     assert 'ENTRYPOINT ["vllm", "serve"]' in docker
@@ -95,6 +105,46 @@ def test_the_pod_is_what_the_image_has_and_no_more(values):
     assert spec["terminationGracePeriodSeconds"] >= timeout + 10 + 25
     assert container["readinessProbe"]["httpGet"]["path"] == "/retrieval/ready"
     assert container["livenessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/health"
+
+
+def test_a_ray_cluster_is_one_pod_whose_containers_share_what_ray_needs():
+    """The pod itself is checked as a Deployment's would be: KubeRay's kind has no schema here."""
+    validate = pytest.importorskip("kubernetes_validate")
+    documents = rendered("ray-cluster")
+    assert "Deployment" not in {one["kind"] for one in documents}
+    spec = pod(documents)
+    head, serving = spec["containers"]
+    assert (head["name"], serving["name"]) == ("ray", "vllm")  # KubeRay takes the first one for Ray
+    assert head["image"] == serving["image"]
+    assert head["volumeMounts"] == serving["volumeMounts"]  # Ray's sockets lie in /tmp, its store in /dev/shm
+    assert spec["shareProcessNamespace"]
+    assert head["securityContext"] == serving["securityContext"]
+    (knobs,) = (one.partition("=")[2] for one in serving["args"] if one.startswith("--additional-config="))
+    read = parse(json.loads(knobs))
+    assert (read.ray_address, read.threads) == ("auto", head["resources"]["limits"]["cpu"])
+    tokens = [one for part in (head, serving) for one in part["env"] if one["name"] == "RAY_AUTH_TOKEN"]
+    assert tokens[0] == tokens[1]
+    template = {"metadata": {"labels": {"a": "b"}}, "spec": spec}
+    deployment = {
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x"},
+        "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": template},
+    }  # fmt: skip
+    validate.validate(deployment, "1.37", strict=True)
+
+
+@pytest.mark.skipif(CHECKOV is None, reason="no checkov here (make tools installs it)")
+def test_the_policy_check_finds_nothing_that_is_not_explained(tmp_path):
+    """deploy/helm/policy.yaml lists what is left out, each with its reason."""
+    for values in SETS:
+        done = helm("template", "release", "--namespace=serving", values=values)
+        (tmp_path / f"{values}.yaml").write_text(done.stdout)
+    command = [CHECKOV, "--config-file", str(ROOT / "deploy/helm/policy.yaml"), "--directory", str(tmp_path)]
+    done = subprocess.run([*command, "--output=json"], capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout)
+    failed = [(one["check_id"], one["resource"]) for one in found["results"]["failed_checks"]]
+    assert failed == []
+    assert found["summary"]["passed"] > 60 * len(SETS)
+    assert found["summary"]["parsing_errors"] == 0
 
 
 def test_rules_and_dashboard_are_those_of_deploy_monitoring():
@@ -126,6 +176,10 @@ def test_the_plain_manifests_are_what_the_chart_renders():
         (["--set", "gpus=2"], "gpus=2 is not tensorParallel=1"),
         (["--set", "autoscaling.kind=magic"], "autoscaling"),
         (["--set", "resources.shmGi=0"], "shmGi"),
+        (["--set", "image.digest=latest"], "digest"),
+        (["--set", "ray.cluster=true"], "ray.cluster wants ray.tokenSecret"),
+        (["--set", "ray.cluster=true,ray.tokenSecret=t,replicas=2"], "ray.cluster has one pod"),
+        (["--set", "ray.cluster=true,ray.tokenSecret=t,ray.cpus=16"], "ray.cpus=16 leaves none of resources.cpus"),
     ],
 )
 def test_values_that_can_not_be_are_refused_with_a_sentence(sets, said):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing rows in Numba against its plain twin, and the Faiss shards against brute force."""
 
 import numpy as np

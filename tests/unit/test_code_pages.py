@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who has which page of codes."""
 
 from hypothesis import given

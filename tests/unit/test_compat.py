@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches that a start of vLLM needs; the others are shown by the engine tests."""
 
 import multiprocessing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Knobs: what is wrong is refused in one line that names the knob; defaults are filled in."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sources of the decode kernels, run on the CPU by an emulator, against their NumPy twin."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The NumPy twin of the decode kernels against sketch/, and the descriptor."""
 
 import numpy as np

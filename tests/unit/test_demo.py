@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo shows: the result in its first line, and tables that fit a terminal of 80 columns."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation: it builds, its links lead somewhere, and its tables say what the code says."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command in the documentation is run by a test, or marked as not run by one."""
 
 import json

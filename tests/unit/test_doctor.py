@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model needs, by numbers that can be checked by hand."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The doctor's verdicts, each on a machine that is made up."""
 
 import resource

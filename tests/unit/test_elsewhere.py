@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of another process, copied and attended to."""
 
 import subprocess

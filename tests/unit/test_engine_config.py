@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The knob for codes on the GPU, where it has a meaning and where not."""
 
 import pytest

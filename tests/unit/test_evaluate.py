@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KL and perplexity by hand, and the rows and table that a fake engine gives."""
 
 import io

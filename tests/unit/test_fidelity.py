@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode steps compared with exact attention off the serving path."""
 
 import time

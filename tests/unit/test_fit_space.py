@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-retrieval fit-space` refuses wrong options before an engine starts; it learns in tests/e2e/test_index.py."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FlatIndex against brute force in float64, and the import boundary of what is neither vLLM's nor Ray's."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which graph a step replays: our patches over a manager of vLLM's."""
 
 from types import SimpleNamespace

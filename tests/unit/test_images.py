@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Dockerfile and shell scripts, as their linters see them; `make image` builds and runs the image."""
 
 import re

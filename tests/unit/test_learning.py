@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's space: learned from what prompts bring, kept in a file, taken by actors."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the log says, and how its levels are set: docs/operate.md, "Logs"."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which decode steps may be replayed as one graph."""
 
 from types import SimpleNamespace

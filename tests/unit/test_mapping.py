@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mapping the shared file, and memory for it."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial attention results merge to attention over the union of their keys."""
 
 import pytest

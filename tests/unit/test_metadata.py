@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compact block table of a row: sink blocks, then window blocks."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Alert rules and the dashboard: every expression parses, and names metrics that a server tells."""
 
 import json

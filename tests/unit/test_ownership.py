@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every token has one owner, and the paged blocks of a request stay bounded whatever its length."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's host work: what a batch row writes to its store."""
 
 from types import SimpleNamespace

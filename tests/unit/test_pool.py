@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The hold on the CPU workers: what is counted, and when there is an end to it. The supervisor is a stand-in."""
 
 import subprocess

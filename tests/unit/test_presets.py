@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The presets under configs/: vLLM knows their arguments, we their knobs, docs/knobs.md their names."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `vllm-retrieval` answers to wrong arguments: what is wrong, what to do, a status above 0 and no traceback."""
 
 import json

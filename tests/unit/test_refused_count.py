@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many wrong configurations, environments and requests are tried: what the README says of them stands on this."""
 
 import pytest

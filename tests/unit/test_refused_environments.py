@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Environments in which a server can not start, or not as asked: said in one clear line."""
 
 import socket

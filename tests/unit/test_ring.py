@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ring between client and lanes: right answers from slow, dead and restarted peers, and no core used idle."""
 
 import gc

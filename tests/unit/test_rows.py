@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Numba kernels over rows against float64."""
 
 import itertools

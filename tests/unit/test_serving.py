@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes under /retrieval, over a client that is made up."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shared-memory file: private, found by others, gone with its last user."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain reference: spaces, codes, and the rule that chooses rows."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is told to vLLM's metrics: how it adds up over steps and ranks, and what a scrape shows of it."""
 
 import json

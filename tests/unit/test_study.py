@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """index-study on the small capture in tests/data: rows, table, plot and JSON as a user gets them."""
 
 import json

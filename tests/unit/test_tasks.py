@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated questions: the same for the same seed, as long as asked, with their answers in the prompt."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-retrieval bench watch`: the interval that it tells, and the switch of what is gathered."""
 
 import pytest

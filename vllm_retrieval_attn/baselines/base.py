@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of an index over the keys of one KV head: the seam between search and the engine.
 
 A library of its own: arrays in, arrays out, neither vLLM nor Ray.

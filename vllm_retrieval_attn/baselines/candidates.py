@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the baselines share: find candidate rows by some structure, attend exactly over them, count what was read."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flat`: exact search and exact attention over every key. What every other index is compared with.
 
 The served engine runs the same kernel (index/rows.py) over arena pages; see workers/units.py.

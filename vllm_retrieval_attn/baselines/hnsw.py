@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`hnsw`: Faiss's hierarchical navigable small world graph (arXiv 1603.09320) with inner product."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ivf`: Faiss's inverted lists with inner product, as Faiss sets them up itself."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of index to compare with, by name."""
 
 import numpy as np

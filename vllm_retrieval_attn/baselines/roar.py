@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`roar`: a RoarGraph (arXiv 2408.08933) over one KV head's keys, as RetrievalAttention (arXiv 2409.10516) searches."""
 
 import numpy as np

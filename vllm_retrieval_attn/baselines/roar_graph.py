@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The graph of RoarGraph (arXiv 2408.08933): made with exact neighbours, searched best-first.
 
 Numba kernels; they release the GIL. Keys for building are float32; searches read rows as they are stored.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real queries, keys and values of a Hugging Face causal LM, kept in a file to study and test indexes with.
 
 `python -m vllm_retrieval_attn.bench.capture --model FOLDER --tokens 16000 --out capture.npz`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file of a capture: queries, keys and values of KV heads as bench/capture.py took them from a model.
 
 It holds, for every KV head, arrays named

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode steps of contexts and batches, ours beside full attention in one run: `vllm-retrieval bench decode`.
 
 Dummy weights of a published shape, so that nothing need be downloaded; times do not depend on them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine inside this process, so that a benchmark or a test can look at scheduler, pages and arena."""
 
 import os

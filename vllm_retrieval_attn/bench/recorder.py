@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact attention in place of a transformers model's own, which keeps queries for bench/capture.py."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What reuse of a prefix saves: `vllm-retrieval bench reuse`. Dummy weights; documents of random tokens."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast one core attends to single rows in host memory: `python -m vllm_retrieval_attn.bench.rows`.
 
 Rows of bfloat16 at random places of a shared file, in small pages and in huge ones (store/mapping.py). Prints a JSON

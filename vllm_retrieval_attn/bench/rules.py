@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rule that the product chooses rows by (sketch/sampling.py), on one captured KV head.
 
 Over all codes, or as the CPU workers do it, among what Faiss finds.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One layer's search by the CPU workers, without an engine: `python -m vllm_retrieval_attn.bench.search`.
 
 Real workers, shared file and messages; random keys, values and queries. Prints one JSON row.

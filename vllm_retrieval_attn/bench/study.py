@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-retrieval index-study`: ways to choose rows on captured queries, keys and values."""
 
 import time

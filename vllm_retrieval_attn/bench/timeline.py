@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the kernels of one layer run inside a CUDA graph: time stamps of the GPU, by CUPTI through torch.profiler."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What being watched costs a decode step: `vllm-retrieval bench watch`.
 
 One server, three ways by turns, one request at a time: this backend gathers nothing (*silent*, switched by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vLLM worker whose statistics can be switched off while it serves, for `vllm-retrieval bench watch`."""
 
 from typing import Any

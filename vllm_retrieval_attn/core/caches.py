@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where things are kept from one start to the next: learned spaces, models of the demo, compiled kernels.
 
 Containers run as users without a home, on file systems that cannot be written; everything here then goes to a private

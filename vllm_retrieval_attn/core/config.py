@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every knob of the plugin, with its unit, its default and why; and what vLLM's config makes of it."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's account of host memory: who may hold how many arena pages.
 
 Kept in EngineCore, in step with what the workers will really take: a request reserves its whole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this process may take of the machine: memory and CPUs, with the limits of its control groups."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a request wants the host searched: the knobs' defaults, and what it overrides through ``vllm_xargs``."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who owns a token: the paged KV cache or the host arena.
 
 Scheduler and worker derive the boundary through :class:`Split` and nobody stores it, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host pages that outlive their request: named by vLLM's block hashes, shared, dropped least recently used.
 
 A block hash names a block and all before it (vLLM's chain, which LoRA and cache salts enter), so the hash of a page's

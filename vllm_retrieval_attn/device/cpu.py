@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention layer on CPU: paged part and prefill with PyTorch's kernel, decode search in the actors."""
 
 from typing import TYPE_CHECKING

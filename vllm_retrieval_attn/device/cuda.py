@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention layer on CUDA: FlashAttention over the pages, search on the CPU meanwhile, merge."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all layers of a rank share on CUDA: host memory as the GPU sees it, a step's index arrays, streams, buffers."""
 
 import logging

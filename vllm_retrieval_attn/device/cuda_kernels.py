@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the CUDA layer: mirror K and V to the host, merge partial results in place."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Kernels of one decode step over retrieved tokens. Compiled at start by decode_kernels.py (NVRTC, no headers), which
 // defines DIM (head size), GROUP (query heads of a KV head) and BFLOAT16 (1: bfloat16, 0: float16).
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sizes, the descriptor, how work is divided, and arithmetic that decode_twin.py repeats bit by bit.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pages of a layer, copied from host memory to the GPU for prefill, in place of the copy engines: these do not read
 // managed memory (store/managed.py), and what the driver copies it with takes all multiprocessors.
 #pragma once

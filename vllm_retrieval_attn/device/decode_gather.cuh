@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Choosing rows and attending to them where they lie, in host memory. A block takes a run of pages of one (row, KV head),
 // draws the rows of their tiles, fetches K and V over PCIe, and leaves the run's partial.
 //

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels of a decode step: compiled, loaded and launched. decode.cu says what they do, decode_twin.py how.
 
 Every launch goes to torch's current stream, allocates nothing, waits for nothing and reads nothing back, so that all

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The partials of all runs of pages and FlashAttention's part, merged by log-sum-exp in the order of the runs.
 #pragma once
 #include "decode_weigh.cuh"

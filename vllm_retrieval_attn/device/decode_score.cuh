@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of all codes: integer matrix products of 4-bit codes and two-digit queries.
 //
 // A warp takes a tile of 128 keys. In mma.m16n8k32 a thread owns rows r and r + 8 of A (r = lane / 4) and two columns

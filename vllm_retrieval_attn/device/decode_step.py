@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels of a decode step are told: fixed sizes, and the descriptor that changes from step to step.
 
 decode_common.cuh reads what is written here. Nothing here needs CUDA.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels of decode.cu compute, in plain NumPy, for one row and KV head at a time.
 
 Scores, weights, tau and chances are made of separately rounded float32 operations and integer sums in both, so that the

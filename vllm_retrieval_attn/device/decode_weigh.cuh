@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weights: the share of every key in the whole attention, their histogram, and tau (sketch/sampling.py, raised_tau).
 #pragma once
 #include "decode_common.cuh"

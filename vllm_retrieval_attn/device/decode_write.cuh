@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A new token's K and V to the host, its code to the sketch, and the queries as integers; codes of a prefill chunk.
 #pragma once
 #include "decode_common.cuh"

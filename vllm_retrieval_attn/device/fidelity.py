@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode steps that are compared with exact attention: 1 in 500 by default.
 
 Such a step hands a row's queries and results in all layers, and the rows that it read, to the CPU workers. They compare

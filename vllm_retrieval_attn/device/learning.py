@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning the model's space (sketch/space.py) from the first prompt that is long enough."""
 
 from dataclasses import dataclass

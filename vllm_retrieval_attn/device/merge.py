@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging partial attention results over disjoint sets of keys, by log-sum-exp.
 
 Source: FlashAttention's split softmax (arXiv 2205.14135, section 3.1); RetrievalAttention

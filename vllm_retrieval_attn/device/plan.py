@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host work of a step: what to mirror, which rows to search, which prefill rows to stream."""
 
 from collections.abc import Callable

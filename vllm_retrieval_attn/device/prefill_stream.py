@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host tokens that a prefill chunk attends to, streamed to the GPU through two buffers, in the order of their use.
 
 Pages of the shared file are copied by the copy engines, those in managed memory by a kernel on a few multiprocessors

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a request begins with that another one has computed: its page of copies, its codes, its paged blocks."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sketch on the GPU: 4-bit codes of all host keys, and the decode steps that choose and read rows by them.
 
 The memory is taken when the model is loaded, so that vLLM's profiling counts it; the arena, whose rows are read, comes

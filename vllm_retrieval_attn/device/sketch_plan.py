@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sketch on the GPU has to do in a step: rows that it answers, and tokens to code."""
 
 from dataclasses import dataclass, field

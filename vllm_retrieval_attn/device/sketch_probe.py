@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a layer's kernels found for one row among host tokens alone, read back for comparison with exact attention."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a long prompt launches for the first time, launched at start: the GPU loads kernels at their first use."""
 
 from types import SimpleNamespace

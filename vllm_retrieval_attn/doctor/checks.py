@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `vllm-retrieval doctor` finds on a machine or in a container, with a verdict and what to do.
 
 *stop*: a server does not start, or not well. *warn*: it starts, and something is worse than it could be.

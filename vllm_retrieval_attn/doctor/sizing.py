@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model needs at a context length, and what to set."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quality of each mode beside full attention: questions over long documents, perplexity and KL on a text.
 
 Answers come from what evaluation/runners.py starts.

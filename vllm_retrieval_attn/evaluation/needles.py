@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planted-number questions over a long document: `python -m vllm_retrieval_attn.evaluation.needles`.
 
 Sentences of the form "The special magic number for amber-falcon is: 4815162." stand at even distances in technical

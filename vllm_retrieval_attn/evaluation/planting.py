@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a capture has a model read: a text with planted facts (evaluation/needles.py), and questions about them."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What answers the questions of evaluation/evaluate.py and scores its texts: an engine in this process, or a server.
 
 Prose is scored through decode steps, since only these use an index: the first tokens of a passage are the prompt, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions over long documents in RULER's manner (arXiv 2404.06654), in completion style.
 
 Pure functions of (encode, text, length, count, seed). ``length`` is in tokens and holds prompt and answer together, as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing rows from Faiss's candidates: sketch/sampling.py's rule in Numba, where most keys have one weight.
 
 Of each shard (index/shard.py) the keys that score above a threshold for a query head have an estimated score; all

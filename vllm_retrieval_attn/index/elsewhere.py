@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that lie in another process, copied from there and attended to by index/rows.py.
 
 A server with a GPU keeps its pages in memory that only its own process can map (store/managed.py). Linux copies from

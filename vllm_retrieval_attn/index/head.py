@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one KV head of one request has for an index: shards of codes, in the order of its keys.
 
 Keys drift: over 8K tokens their mean and spread move, and the ends of 16 levels cut off what has moved away. So every

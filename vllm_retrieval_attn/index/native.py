@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faiss's range search by its address, so that compiled code calls it without Python's lock.
 
 Faiss's own Python wrapper gives the lock away for the search and takes it back afterwards. With several threads that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codes in the layout that Faiss's FastScan scans (faiss/impl/pq4_fast_scan.cpp, ``pq4_pack_codes``).
 
 A block holds 32 keys. For each pair of dimensions it has 32 bytes: 16 for the first, 16 for the second; byte j carries

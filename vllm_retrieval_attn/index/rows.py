@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numba kernels over rows of keys and values in host memory.
 
 A row is a key and its value side by side, 2 * d elements (float32, bfloat16 or float16 in a byte buffer); d is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidates of one query among the keys of a KV head: all that score above a threshold, from Faiss.
 
 The threshold of a query head is the score that about ``candidates`` keys reach, estimated from every SAMPLE-th key

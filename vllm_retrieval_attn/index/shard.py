@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An append-only Faiss index over at most SHARD_TOKENS keys of one KV head: 4-bit codes, scanned with SIMD.
 
 Faiss's ``IndexIVFPQFastScan`` with a single list (the kind that answers range searches) and one dimension a

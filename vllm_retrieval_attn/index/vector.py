@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vector code over rows of keys and values, as LLVM: Numba's own loops need copies that are converted before.
 LLVM fits vectors of 16 numbers to whatever the processor has.
 

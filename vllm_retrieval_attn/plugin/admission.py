@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refusing at arrival what host memory could never hold."""
 
 import logging

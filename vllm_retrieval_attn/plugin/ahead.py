@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a step may be replayed as one CUDA graph, and as which; asked before vLLM decides how to run it."""
 
 from collections.abc import Callable, Mapping

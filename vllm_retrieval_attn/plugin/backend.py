@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention backend that vLLM sees: what it supports, its spec, and the layer's forward."""
 
 from typing import TYPE_CHECKING, Any, ClassVar

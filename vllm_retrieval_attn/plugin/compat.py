@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that is not a public hook. Written for vLLM 0.32.
 
 Each patch names its reason and what would remove it. They are installed once per process by

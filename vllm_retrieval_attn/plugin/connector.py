@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The KV connector: carries epochs from the scheduler to the worker, and failures back.
 
 vLLM makes one object in EngineCore (scheduler half) and one in each worker (worker half). K and V

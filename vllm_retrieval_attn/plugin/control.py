@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an operator may change in a vLLM worker while it serves: methods that vLLM's ``collective_rpc`` calls by name.
 
 vLLM mixes the class into its worker's (``--worker-extension-cls``); a call waits for the step that runs.

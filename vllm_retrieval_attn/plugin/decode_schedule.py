@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How FlashAttention 3 divides the work of a decode batch, computed once a step; else every layer does it again."""
 
 from typing import TYPE_CHECKING, Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What selecting the backend does to vLLM's configuration, and what it refuses at start-up."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches of vLLM's graph manager (model runner V2): which steps are one graph, and which of two graphs they replay.
 
 vLLM decides by shapes alone. A step that has work for the CPU workers may be no graph. One of which no row attends to

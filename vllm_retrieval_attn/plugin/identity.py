@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model is known by: its learned space belongs to it, wherever it lies."""
 
 import hashlib

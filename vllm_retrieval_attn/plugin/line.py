@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who of the requests that wait may be scheduled, as far as host memory goes.
 
 vLLM stops looking at its waiting queue at the first request that gets no blocks. Host memory would make that wait

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Knobs that an operator changes while the server runs. ``rows`` and ``tau`` are written into each request that arrives
 and does not choose for itself; requests that run keep theirs."""
 

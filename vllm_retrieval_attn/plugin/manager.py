@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's block manager for retrieval layers: frees the middle of a request, counts host memory."""
 
 from collections.abc import Sequence

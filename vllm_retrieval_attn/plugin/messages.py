@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scheduler half of the connector and the worker half say to each other each step."""
 
 from dataclasses import dataclass, field

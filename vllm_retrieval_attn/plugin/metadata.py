@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention metadata of a step: where each row's paged tokens lie and where its window starts."""
 
 from dataclasses import dataclass, replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names, kinds and texts of this backend's metrics, without their prefix ``vllm:retrieval_``."""
 
 from collections.abc import Callable, Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The space that the model's keys are coded in: from an earlier start, or learned from the first long prompt."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's half of reuse: pages kept at the scheduler's word, and requests that begin with them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's half of reuse: which prompts begin with what is kept on the host, and what is kept of them.
 
 The pages of a prompt are published when the step that computes them is scheduled, since later steps run after it. So

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This backend's metrics on vLLM's own ``/metrics``, as ``vllm:retrieval_*``, in an API server's process."""
 
 from collections import defaultdict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests as the scheduler half sees them: those that live, with what each holds, and how each ended."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our resolved knobs, as they travel in vLLM's config."""
 
 from typing import TYPE_CHECKING

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which request each row of a batch belongs to.
 
 vLLM does not tell an attention backend. compat.py wraps the place where each model runner builds

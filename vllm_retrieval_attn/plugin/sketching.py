@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taking the sketch's memory at model load."""
 
 import logging

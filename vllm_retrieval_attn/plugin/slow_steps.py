@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A line in the log for a decode step whose layers took much longer than usual, with their parts."""
 
 import logging

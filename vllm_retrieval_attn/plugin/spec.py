@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The KV cache spec of a retrieval layer: what a request costs in paged memory, whatever its length."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What workers and the scheduler half of the connector tell the API server's process.
 
 They hand a :class:`RetrievalStats` to vLLM with a step; it travels to the API server's process, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the backend does not serve, refused while vLLM's configuration is made: later it would be a line among the
 tracebacks of several processes. What a configuration does not tell is refused by the layers (plugin/backend.py)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker half: owns the arena, the ring and the actors of a rank, and the state of a step."""
 
 import logging

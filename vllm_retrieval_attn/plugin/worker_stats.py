@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a vLLM worker tells of itself with its steps (plugin/stats.py): gauges now and then, counters as they grow."""
 
 import time

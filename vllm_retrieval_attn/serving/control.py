@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes under /retrieval that change something. Each wants the admin key."""
 
 import asyncio

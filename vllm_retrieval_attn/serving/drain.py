@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draining: requests that run finish, new ones are sent elsewhere.
 
 vLLM itself answers new requests with status 200 and no text while it shuts down; the gate answers 503 instead.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The entry point of ``vllm.endpoint_plugins``: vLLM loads it where ``VLLM_PLUGINS`` names ``retrieval``."""
 
 from argparse import Namespace

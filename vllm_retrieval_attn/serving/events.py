@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stream of server-sent events: the status every second, and each request that ended since."""
 
 import asyncio

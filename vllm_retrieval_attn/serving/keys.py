@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of the routes: one to view, one to change. Never vLLM's own, which clients of the model have."""
 
 import hmac

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is not as it should be, and what to do about it; the alerts of deploy/monitoring say the same of metrics."""
 
 from vllm_retrieval_attn.serving.models import Engine, Problem

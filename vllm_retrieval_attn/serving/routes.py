@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes under /retrieval that tell something."""
 
 from pathlib import Path

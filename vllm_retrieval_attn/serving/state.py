@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the routes tell, from what engines sent with their steps: nothing here waits for one."""
 
 import time

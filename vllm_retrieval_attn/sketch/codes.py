@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """4-bit codes of keys: a function of the key alone once the space is fixed.
 
 A key's coordinates are rounded to 16 uniform levels, ``(code - 7.5) * step``, with a step of its own: 0.335 times its

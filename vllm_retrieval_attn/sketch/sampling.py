@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys a decode step reads: each with probability proportional to its estimated weight.
 
 A key of estimated weight w (its share of the whole attention, summed over the query heads that share the KV head) is

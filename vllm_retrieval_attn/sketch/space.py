@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The space that codes live in: attention scores survive, and the noise of coding hurts them least.
 
 For an invertible A, ``q . (k - mean) = (A^-T q) . (A (k - mean))``: keys may be coded in any space as long as queries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host arena of a rank: pages of K and V, given to requests and taken back by (request, epoch).
 
 The scheduler has some kept for their prefix (core/prefixes.py): they stay when their request ends, and others share

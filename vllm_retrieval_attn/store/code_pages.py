@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of the sketch on the GPU, given out and taken back. One page holds the codes of one arena page's tokens."""
 
 from collections import Counter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything lies in the one shared-memory file of a rank: control block, then pages.
 
 Pages lie as [layer][page][kv_head][token][2][d]: what one layer of a step reads then spans the least memory. Rows that

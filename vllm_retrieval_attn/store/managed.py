@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host memory that the GPU reads fast: managed memory of CUDA, kept on the host for good.
 
 What cudaHostRegister maps, the GPU sees in pages of 4 KB, whatever the system's are. Single rows from many gigabytes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mapping the shared file so that it may lie in huge pages, and having the system give its memory.
 
 Huge pages save most of the address translations that reading single rows from many gigabytes takes: 512 rows of 512

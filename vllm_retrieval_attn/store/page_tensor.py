@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages of an arena as a tensor. Apart from store/views.py, since CPU workers do without torch."""
 
 import torch

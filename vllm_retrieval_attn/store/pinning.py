@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pinning the shared file for the GPU, all of it at start: no request waits for it, and no graph is captured meanwhile.
 
 Pages lie in the file where there is no sketch, so that the CPU workers read them in place and the copy engines bring

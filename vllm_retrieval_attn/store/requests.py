@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one admitted request holds on the host."""
 
 from dataclasses import dataclass, field

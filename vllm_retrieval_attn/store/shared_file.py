@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shared-memory file of a rank: an anonymous memory file, which other processes of the user open through ``/proc``.
 
 It has no name in ``/dev/shm``: a container's is often 64 MB, or shared with others whose process ids mean nothing here,

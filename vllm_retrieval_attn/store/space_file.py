@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's learned space, kept from one start to the next in the cache folder."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NumPy views of the shared file, the same in the vLLM worker and in the actors."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Ray actor does (workers/supervisor.py): maps the arena and searches one share of the KV heads.
 
 No call of Ray is made while it serves.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vLLM worker's side of the ring: post the rows of a layer, wait, take the results."""
 
 import time

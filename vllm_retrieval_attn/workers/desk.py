@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One message's work in an actor, laid out in the actor's own memory for compiled code.
 
 A *task* is a (row, KV head). Its *units* are the shards of its index to search or, where nothing is indexed, pieces of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Background threads of an actor that let indexes grow behind the tokens as they are written.
 
 Nothing waits for them but a search that needs more than is there, and that makes up for it itself (workers/indexes.py).

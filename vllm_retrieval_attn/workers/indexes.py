@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexes that an actor holds: one for each request, layer and KV head of its share.
 
 They live in the actor's own memory. All that they are made of lies in the shared file, so a restarted actor makes them

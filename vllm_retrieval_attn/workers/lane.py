@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The threads of an actor: one leads, the others follow (workers/units.py).
 
 The leader lays messages out, in Python, and waits for the others, which never need Python's lock meanwhile. It does no

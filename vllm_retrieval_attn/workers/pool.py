@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vLLM worker's hold on the CPU workers of its rank: starts their supervisor, watches both, gives up in the end.
 
 Nothing here waits while requests are served. Whether workers are there is asked with every message

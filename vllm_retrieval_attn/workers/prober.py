@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A background thread of an actor that compares sampled decode steps with exact attention (device/fidelity.py)."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of the shared file by which the vLLM worker and the actors wake and await each other (workers/lane.py)."""
 
 from typing import Any

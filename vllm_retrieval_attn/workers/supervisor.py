@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process that is Ray's driver: starts Ray and the actors of a rank, and starts anew what dies.
 
 A driver does not outlive its Ray, so the vLLM worker is none: it starts this program (workers/pool.py), writes one JSON

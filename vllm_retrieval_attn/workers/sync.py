@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waiting and waking across processes, callable from Numba code without the GIL.
 
 The primitives of the shared-memory ring: a full fence, a clock, ``sched_yield`` and the Linux futex

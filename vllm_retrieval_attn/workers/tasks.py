@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the threads of an actor work on (workers/units.py): the desk's arrays as compiled code sees them, and the memory
 that each thread has for itself."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Doing the units of a message (workers/desk.py), by the threads of an actor side by side, without Python's lock.
 
 A thread takes the next unit by an atomic counter. Whoever does the last unit of a task chooses rows among what was

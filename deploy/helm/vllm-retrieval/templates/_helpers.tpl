@@ -27,7 +27,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if hasKey .Values.retrieval.knobs "host_memory_gb" -}}
 {{- fail "set retrieval.hostMemoryGb, from which the pod's memory follows, not retrieval.knobs.host_memory_gb" -}}
 {{- end -}}
-{{- dict "retrieval" (merge (dict "host_memory_gb" .Values.retrieval.hostMemoryGb) .Values.retrieval.knobs) | toJson -}}
+{{- $ours := dict "host_memory_gb" .Values.retrieval.hostMemoryGb -}}
+{{- if .Values.ray.cluster -}}
+{{- $ours = merge $ours (dict "ray_address" "auto" "threads" (int .Values.ray.cpus)) -}}
+{{- end -}}
+{{- dict "retrieval" (merge $ours .Values.retrieval.knobs) | toJson -}}
 {{- end -}}
 
 {{- define "vllm-retrieval.image" -}}
@@ -36,4 +40,24 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else -}}
 {{- printf "%s:%s" .Values.image.repository .Values.image.tag -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Both containers of a pod with KubeRay's Ray talk to it by this token. */}}
+{{- define "vllm-retrieval.rayEnv" -}}
+- {name: RAY_AUTH_MODE, value: token}
+- name: RAY_AUTH_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .Values.ray.tokenSecret }}, key: key}}
+{{- end -}}
+
+{{- define "vllm-retrieval.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{- define "vllm-retrieval.serverCpus" -}}
+{{- if and .Values.ray.cluster (le (int .Values.resources.cpus) (int .Values.ray.cpus)) -}}
+{{- fail (printf "ray.cpus=%d leaves none of resources.cpus=%d to the server" (int .Values.ray.cpus) (int .Values.resources.cpus)) -}}
+{{- end -}}
+{{- sub (int .Values.resources.cpus) (ternary (int .Values.ray.cpus) 0 .Values.ray.cluster) -}}
 {{- end -}}

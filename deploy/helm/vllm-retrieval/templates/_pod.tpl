@@ -25,7 +25,33 @@ securityContext:
   runAsGroup: 2000
   fsGroup: 2000
   seccompProfile: {type: RuntimeDefault}
+{{- if .Values.ray.cluster }}
+# Ray's workers map the server's memory through /proc.
+shareProcessNamespace: true
+{{- end }}
 containers:
+  {{- if .Values.ray.cluster }}
+  # KubeRay puts `ray start --head` into the first container. /tmp and /dev/shm hold Ray's sockets and store.
+  - name: ray
+    image: {{ include "vllm-retrieval.image" . | quote }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    env:
+      - {name: HOME, value: /tmp}
+      - {name: VLLM_RETRIEVAL_CACHE, value: /cache}
+      # Ray would end workers when memory runs short; the server's memory that they map counts against them.
+      - {name: RAY_memory_monitor_refresh_ms, value: "0"}
+      {{- include "vllm-retrieval.rayEnv" . | nindent 6 }}
+    resources:
+      requests: &ray
+        cpu: {{ .Values.ray.cpus }}
+        memory: {{ .Values.ray.memoryGi }}Gi
+      limits: *ray
+    securityContext: {{- include "vllm-retrieval.containerSecurity" . | nindent 6 }}
+    volumeMounts:
+      - {name: shm, mountPath: /dev/shm}
+      - {name: tmp, mountPath: /tmp}
+      - {name: cache, mountPath: /cache}
+  {{- end }}
   - name: vllm
     image: {{ include "vllm-retrieval.image" . | quote }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -49,6 +75,9 @@ containers:
       - {name: VLLM_RETRIEVAL_CACHE, value: /cache}
       - {name: HF_HOME, value: /cache/huggingface}
       - {name: VLLM_CACHE_ROOT, value: /cache/vllm}
+      {{- if .Values.ray.cluster }}
+      {{- include "vllm-retrieval.rayEnv" . | nindent 6 }}
+      {{- end }}
       {{- range $name, $value := .Values.env }}
       - {name: {{ $name }}, value: {{ $value | quote }}}
       {{- end }}
@@ -87,16 +116,13 @@ containers:
       preStop: {exec: {command: ["sleep", "10"]}}
     resources:
       requests: &resources
-        cpu: {{ .Values.resources.cpus }}
+        cpu: {{ include "vllm-retrieval.serverCpus" . }}
         memory: {{ include "vllm-retrieval.memoryGi" . }}Gi
         {{- if gt (int .Values.gpus) 0 }}
         {{ .Values.gpuResource }}: {{ int .Values.gpus }}
         {{- end }}
       limits: *resources
-    securityContext:
-      allowPrivilegeEscalation: false
-      readOnlyRootFilesystem: true
-      capabilities: {drop: [ALL]}
+    securityContext: {{- include "vllm-retrieval.containerSecurity" . | nindent 6 }}
     volumeMounts:
       - {name: shm, mountPath: /dev/shm}
       - {name: tmp, mountPath: /tmp}
