@@ -16,7 +16,7 @@ app = typer.Typer(help="RetrievalAttention for vLLM.", no_args_is_help=True)
 
 def _tell_version(wanted: bool) -> None:
     if wanted:
-        print(f"vllm-retrieval {__version__} for vLLM {VLLM}")
+        print(f"vllm-retrieval {__version__} for vLLM {' or '.join(VLLM)}")
         raise typer.Exit
 
 

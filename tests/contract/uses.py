@@ -11,6 +11,8 @@ from pathlib import Path
 
 import vllm_retrieval_attn
 
+PYTHONS = {"sys"}
+"""What is wrapped and not vLLM's."""
 PACKAGE = Path(vllm_retrieval_attn.__file__).parent
 
 MEMBERS = {
@@ -86,7 +88,7 @@ def _wrapped(function: ast.FunctionDef, imported: dict[str, str]) -> Iterator[tu
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and _called(node) == "wrap":
             owner, name = node.args[:2]
-            if isinstance(owner, ast.Name) and isinstance(name, ast.Constant):
+            if isinstance(owner, ast.Name) and isinstance(name, ast.Constant) and owner.id not in PYTHONS:
                 yield names[owner.id], str(name.value)
 
 

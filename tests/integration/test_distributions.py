@@ -43,7 +43,7 @@ def test_the_wheel_has_what_the_package_reads_and_nothing_else(built):
     assert sources <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vllm_retrieval_attn"}
     assert "License-Expression: Apache-2.0" in metadata
-    assert "Requires-Dist: vllm<0.33,>=0.32" in metadata
+    assert "Requires-Dist: vllm<0.34,>=0.32" in metadata
 
 
 def test_the_sdist_has_licence_and_sources(built):

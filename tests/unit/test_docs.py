@@ -57,7 +57,7 @@ def test_the_table_of_sizes_is_what_doctor_computes():
 def test_the_tests_that_the_matrix_names_exist():
     named = set(re.findall(r"`(tests/[^`]*)`", (ROOT / "docs/support.md").read_text()))
     assert len(named) > 12
-    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert [path for path in named if not any(ROOT.glob(path))] == []
 
 
 def test_every_knob_is_documented_with_its_default():

@@ -73,8 +73,9 @@ def packages() -> Check:
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         return Check("packages", Verdict.STOP, found, f"pip install {' '.join(missing)}")
-    if not str(versions["vllm"]).startswith(f"{VLLM}."):
-        return Check("packages", Verdict.STOP, found, f"install vLLM {VLLM}: this version is written for it")
+    if not str(versions["vllm"]).startswith(tuple(f"{version}." for version in VLLM)):
+        wanted = " or ".join(VLLM)
+        return Check("packages", Verdict.STOP, found, f"install vLLM {wanted}, which this version is written for")
     return Check("packages", Verdict.OK, found)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM that is not a public hook. Written for vLLM 0.32.
+"""Every touch of vLLM that is not a public hook. Written for vLLM 0.32 and 0.33.
 
 Each patch names its reason and what would remove it. They are installed once per process by
 :func:`install`, those of the model runner by :func:`patch_runner` in a worker that serves with our

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version of vLLM that plugin/compat.py is written for."""
+"""The versions of vLLM that plugin/compat.py is written for."""
 
-VLLM = "0.32"
+VLLM = ("0.32", "0.33")
