@@ -24,13 +24,13 @@ $(VENV)/installed: pyproject.toml deploy/cpu/pyproject.toml
 	@echo "Setting up $(VENV), once: a few minutes, most of it pip fetching and unpacking packages."
 	@$(PYTHON) -m venv $(VENV) && $(PIP) install --quiet --upgrade pip
 ifeq ($(GPU),)
-	@echo "1 of 3: torch, its CPU build"
+	@echo "1 of 4: torch, its CPU build"
 	@$(PIP) install "torch==$(TORCH)+cpu" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) | $(NEWS)
-	@echo "2 of 3: vLLM, its CPU build"
+	@echo "2 of 4: vLLM, its CPU build"
 	@$(PIP) install ./deploy/cpu | $(NEWS)
-	@echo "3 of 3: this package, and what its tests and the demo need"
+	@echo "3 of 4: this package, and what its tests and the demo need"
 else
-	@echo "1 of 1: this package with vLLM and torch for CUDA, and what tests and the demo need"
+	@echo "1 of 2: this package with vLLM and torch for CUDA, and what tests and the demo need"
 endif
 	@$(PIP) install --editable '.[dev]' | $(NEWS)
 ifeq ($(GPU),)
@@ -38,6 +38,10 @@ ifeq ($(GPU),)
 	@# with them transformers can not be imported.
 	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
+	@echo "the last: compiling the CPU workers' kernels (a minute), unpacking the demo's model"
+	@$(BIN)/python -m vllm_retrieval_attn.bench.search --tokens 4096 --shape 2,2,64 --layers 1 --rows 64 >/dev/null \
+	  || echo "not compiled now; the first start will"
+	@$(BIN)/python -m vllm_retrieval_attn.bench.models >/dev/null
 	@touch $@
 
 serve: setup  ## serve the demo's model and its page until Ctrl-C
