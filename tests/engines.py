@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,16 +25,23 @@ LIMIT_S = 1500
 
 @dataclass(frozen=True)
 class EngineRun:
-    """``python -m module *arguments``, which writes JSON to ``out``. ``seconds``: about how long; longest go first."""
+    """``python -m module *arguments``, which writes JSON to ``out``. ``seconds``: about how long; longest go first.
+    ``cores``: 2 for two ranks, which start when both cores are free."""
 
     seconds: int
     out: Path
     module: str
     arguments: tuple[str, ...]
+    cores: int = 1
+
+
+_several = threading.Lock()
+"""Held by who waits for more than one core: two that have one each would wait for ever."""
 
 
 def run(item: EngineRun, cores: "Queue[int]") -> Any:
-    core = cores.get()
+    with _several:
+        taken = [cores.get() for _ in range(item.cores)]
     try:
         done = subprocess.run(
             [sys.executable, "-m", item.module, *item.arguments],
@@ -41,10 +49,11 @@ def run(item: EngineRun, cores: "Queue[int]") -> Any:
             text=True,
             check=False,
             timeout=LIMIT_S,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, taken)), "OMP_NUM_THREADS": "1"},
         )
     finally:
-        cores.put(core)
+        for core in taken:
+            cores.put(core)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(item.out.read_text())
 
@@ -70,6 +79,8 @@ def started(
         longest_first = sorted(wanted.items(), key=lambda pair: -pair[1].seconds)
         runs = {name: pool.submit(run, item, cores) for name, item in longest_first}
         yield runs, lambda: cores.put(others.pop()) if others else None
+        for core in others:  # nobody asked for one; a run that waits for two may wait no longer
+            cores.put(core)
         pool.shutdown(cancel_futures=True)
 
 
