@@ -27,12 +27,18 @@ def workers() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::Host")]
 
 
-def serve(model: Path, ranks: int, knobs: dict[str, Any] | None, kill: bool = False) -> dict[str, Any]:
-    """Answers to two prompts at once. kill: one rank's CPU worker, in the middle of them."""
+ON_CPU: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+
+
+def serve(
+    model: Path, ranks: int, knobs: dict[str, Any] | None, kill: bool = False, full: str = "CPU_ATTN", **how: Any
+) -> dict[str, Any]:
+    """Answers to two prompts at once. kill: one rank's CPU worker, in the middle of them. full: the backend without
+    knobs."""
     engine = InProcessEngine(
-        str(model), knobs, "CPU_ATTN" if knobs is None else "retrieval", skip_tokenizer_init=True, max_model_len=8192,
-        max_num_seqs=4, max_num_batched_tokens=2048, kv_cache_memory_bytes=200_000_000, dtype="float32", seed=0,
-        enable_prefix_caching=False, enforce_eager=True, tensor_parallel_size=ranks,
+        str(model), knobs, full if knobs is None else "retrieval", skip_tokenizer_init=True, max_model_len=8192,
+        max_num_seqs=4, max_num_batched_tokens=2048, kv_cache_memory_bytes=200_000_000, seed=0,
+        enable_prefix_caching=False, tensor_parallel_size=ranks, **(how or ON_CPU),
     )  # fmt: skip
     prompts = [_prompt(length, 1000, length) for length in LENGTHS]
     found: dict[str, Any] = {"workers": len(workers()), "answers": engine.run(prompts, **GREEDY)}
