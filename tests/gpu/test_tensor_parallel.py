@@ -9,7 +9,7 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 
-def test_answers_are_those_of_full_attention_on_one_gpu(tmp_path):
+def test_answers_are_those_of_full_attention_on_two(tmp_path):
     pytest.importorskip("vllm")
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -20,11 +20,11 @@ def test_answers_are_those_of_full_attention_on_one_gpu(tmp_path):
     how = {"dtype": "bfloat16", "compilation_config": {"mode": 0, "cudagraph_capture_sizes": [1, 2]}}
     write_model(tmp_path / "model")
     ours = serve(tmp_path / "model", 2, {**KNOBS, **ALL_ROWS}, **how)["answers"]
-    print("two ranks:", [answer.tokens for answer in ours], ours[1].retrieval, flush=True)
+    print("ours:", [(answer.tokens, answer.logprobs) for answer in ours], ours[1].retrieval, flush=True)
     gc.collect()
     cleanup_dist_env_and_memory()
-    full = serve(tmp_path / "model", 1, None, full="FLASH_ATTN", **how)["answers"]
-    print("one:", [answer.tokens for answer in full], flush=True)
+    full = serve(tmp_path / "model", 2, None, full="FLASH_ATTN", **how)["answers"]
+    print("full:", [(answer.tokens, answer.logprobs) for answer in full], flush=True)
     assert ours[1].retrieval["path"] == "sketch"
     assert ours[1].retrieval["host_tokens"] > 4000
     # In 16 bits near ties part.
