@@ -39,9 +39,8 @@ ifeq ($(GPU),)
 	@$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	@echo "the last: compiling the CPU workers' kernels (a minute), unpacking the demo's model"
-	@$(BIN)/python -m vllm_retrieval_attn.bench.search --tokens 4096 --shape 2,2,64 --layers 1 --rows 64 >/dev/null \
-	  || echo "not compiled now; the first start will"
-	@$(BIN)/python -m vllm_retrieval_attn.bench.models >/dev/null
+	@$(BIN)/python -m vllm_retrieval_attn.demo --prepare >/dev/null 2>$(VENV)/prepare.log \
+	  || echo "not done ($(VENV)/prepare.log says why); the first start will"
 	@touch $@
 
 serve: setup  ## serve the demo's model and its page until Ctrl-C
