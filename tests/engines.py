@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 LIMIT_S = 1500
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def run(item: EngineRun, cores: "Queue[int]") -> Any:
             text=True,
             check=False,
             timeout=LIMIT_S,
+            cwd=ROOT,  # tests beside this may change the process's own
             env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, taken)), "OMP_NUM_THREADS": "1"},
         )
     finally:
