@@ -27,7 +27,7 @@ def main() -> None:
         begin, first, answer = time.monotonic(), 0.0, ""
         stream = client.chat.completions.create(
             model=model,
-            messages=chat,  # type: ignore[arg-type]  # plain dictionaries, where openai names one type for each role
+            messages=chat,
             max_tokens=arguments.max_tokens,
             temperature=0,
             stream=True,

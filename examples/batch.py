@@ -33,7 +33,7 @@ def main() -> None:
             "answer": output.outputs[0].text.strip(),
             "retrieval": (output.kv_transfer_params or {}).get("retrieval"),
         }
-        for path, output in zip(arguments.files, llm.chat(chats, sampling), strict=True)  # type: ignore[arg-type]
+        for path, output in zip(arguments.files, llm.chat(chats, sampling), strict=True)
     ]
     text = json.dumps(answers, indent=1, ensure_ascii=False)
     if arguments.out:

@@ -18,7 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = ChatOpenAI(
         base_url=arguments.url,
-        api_key="none",  # type: ignore[arg-type]
+        api_key="none",
         model=arguments.model,
         temperature=0,
         max_completion_tokens=arguments.max_tokens,

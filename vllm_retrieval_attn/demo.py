@@ -60,14 +60,9 @@ def prepare() -> None:
     know of the model's class."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_retrieval_attn.bench.search import LayerSearch
+    from vllm_retrieval_attn.bench.search import measure
 
-    search = LayerSearch((2, 2, 64), 4096, 1, {"threads": 1})
-    try:
-        search.index()
-        search.ask(0, 64)
-    finally:
-        search.close()
+    measure((2, 2, 64), 4096, 1, [64], {})
     EngineArgs(model=str(smollm2())).create_engine_config()
 
 
