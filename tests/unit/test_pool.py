@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,10 +52,13 @@ def made(monkeypatch):
     layout = make_layout(actors=2, kv_heads=2)
     file = SharedFile.create(layout.file_bytes, rank=92)
     views = Views(layout, file.map)
-    real, pools = subprocess.Popen, []
-    monkeypatch.setattr(
-        module.subprocess, "Popen", lambda command, **how: real([sys.executable, "-c", _STAND_IN], **how)
+    pools = []
+    stand_in = SimpleNamespace(  # in that module alone: engines of other tests start meanwhile
+        Popen=lambda command, **how: subprocess.Popen([sys.executable, "-c", _STAND_IN], **how),
+        PIPE=subprocess.PIPE,
+        TimeoutExpired=subprocess.TimeoutExpired,
     )
+    monkeypatch.setattr(module, "subprocess", stand_in)
 
     def make(scale=1.0):
         pools.append(WorkerPool(Config, layout, views, file.path, scale))
