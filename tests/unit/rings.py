@@ -54,7 +54,9 @@ class Ring:
         spin_ns: int = 50_000,
         elsewhere: bool = False,
         limit_s: float = 60.0,
+        by_faiss: bool = False,
     ) -> None:
+        self.by_faiss = by_faiss
         own = np.zeros(layout.all_pages_bytes, np.uint8) if elsewhere else None
         layout = replace(layout, pages_at=own.ctypes.data) if own is not None else layout
         self.layout, self.scale, self.spin_ns = layout, scale, spin_ns
@@ -75,7 +77,7 @@ class Ring:
         self.lanes: list[Lane] = []
 
     def _desk(self, actor: int) -> Desk:
-        indexes = Indexes(self.layout, self.lane_views, actor)
+        indexes = Indexes(self.layout, self.lane_views, actor, self.by_faiss)
         return Desk(self.layout, self.lane_views, indexes, self.scale, CANDIDATES)
 
     def _alive(self) -> bool:

@@ -43,7 +43,7 @@ for worker in workers:
 
 
 class Config:
-    worker_timeout_s, candidates, spin_ns, cpus, ray_address = 0.5, 64, 1000, [0], None
+    worker_timeout_s, candidates, scan, spin_ns, cpus, ray_address = 0.5, 64, "auto", 1000, [0], None
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def await_that(condition):
 
 
 def test_a_plan_survives_its_way():
-    plan = Plan(ActorSetup("/dev/shm/x", make_layout(actors=2), 0.25, 4096, 50_000, [0, 3]), "auto")
+    plan = Plan(ActorSetup("/dev/shm/x", make_layout(actors=2), 0.25, 4096, False, 50_000, [0, 3]), "auto")
     assert Plan.of(plan.line()) == plan
     assert "\n" not in plan.line()
 

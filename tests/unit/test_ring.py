@@ -8,7 +8,6 @@ import time
 import weakref
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,13 +196,13 @@ def test_a_lane_that_polls_for_long_does_not_grow_its_stack(rings):
 LONG = {"dim": 64, "page_tokens": 256, "table_pages": 40, "max_rows": 3, "indexed": True, "layers": 2}
 
 
-@pytest.fixture(scope="module")
-def answers():
+@pytest.fixture(scope="module", params=[True, False], ids=["faiss", "auto"])
+def answers(request):
     """One message with an indexed, an exact and another indexed row, answered by rings of several shapes."""
     found = {}
     for actors, threads, *elsewhere in [(1, 1), (1, 3), (2, 2), (1, 2, "elsewhere")]:
         layout = make_layout("bfloat16", kv_heads=2, group=3, actors=actors, threads=threads, **LONG)
-        ring = Ring(replace(layout, most_limit=4000), "bfloat16", elsewhere=bool(elsewhere))
+        ring = Ring(replace(layout, most_limit=4000), "bfloat16", elsewhere=bool(elsewhere), by_faiss=request.param)
         ring.start_all()
         message, stored = ring.fill(1, [9000, 50, 2000], 5, [8960, 0, 1024])
         found[actors, threads, *elsewhere] = ring.ask(1, message)
@@ -256,12 +255,12 @@ def test_a_row_whose_table_changed_hands_fails_alone(rings):
     assert ring.failed.tolist() == []
 
 
-def test_a_row_that_asks_for_more_than_the_server_has_room_for_fails_alone(rings):
+def test_a_probed_row_that_asks_for_more_than_there_is_room_for_fails_alone(rings):
     ring = rings(make_layout(kv_heads=1, group=2, **LONG))
     ring.start_all()
     message, _ = ring.fill(0, [9000, 100], 3, [8960, 0])
     message[0, ROW_LIMIT] = 8000
-    ring.ask(0, message)
+    ring.ask(0, message, probe=0)
     assert ring.failed.tolist() == [0]
     message[0, ROW_LIMIT] = 1000
     ring.ask(0, message)
@@ -294,5 +293,5 @@ def test_the_choice_of_a_probed_row_is_kept(rings):
     for head in range(2):
         count, *ids = ring.views.chosen[1, head]
         assert 30 < count <= 64 + 16
-        assert (np.diff(ids[:count]) > 0).all()
-        assert 0 <= ids[0] <= ids[count - 1] < 2048
+        assert len(set(ids[:count])) == count
+        assert 0 <= min(ids[:count]) <= max(ids[:count]) < 2048

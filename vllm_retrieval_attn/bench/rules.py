@@ -14,6 +14,7 @@ from vllm_retrieval_attn.bench.capture_file import Head
 from vllm_retrieval_attn.core.ownership import INDEX_BLOCK, INDEX_LEAST
 from vllm_retrieval_attn.index.choosing import choice_scratch, choose
 from vllm_retrieval_attn.index.head import HeadIndex, found_for
+from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.sketch.codes import encode, score
 from vllm_retrieval_attn.sketch.sampling import Limits, Rows, seed_of, weights_of
 from vllm_retrieval_attn.sketch.sampling import choose as choose_plainly
@@ -92,7 +93,7 @@ class FaissRule(Rule):
             self._index.append(self.keys[: self._covered])
             shards = len(self._index.shards)
             self._found = found_for(shards, group)
-            self._work = choice_scratch(self._covered, shards, n)
+            self._work = choice_scratch(SHARD_TOKENS)
 
     @property
     def index_bytes(self) -> int:
@@ -102,13 +103,7 @@ class FaissRule(Rule):
         tail = np.arange(self._covered, len(self.keys))
         if not self._covered:
             return tail, np.zeros(len(tail), np.float32)
-        shards = len(self._index.shards)
         self._index.find(queries, self._candidates, self._found)
         seed = np.uint64(seed_of(0, position, 0, 0))
-        count = choose(
-            self._found, shards, self.scale, np.asarray(outside, np.float32), limits.rows, limits.tau, seed, self._work
-        )
-        work = self._work
-        return np.concatenate((work.ids[:count], tail)), np.concatenate(
-            (work.log_pi[:count], np.zeros_like(tail, np.float32))
-        )
+        rows, log_pi = choose(self._found, float(self.scale), outside, limits, seed, self._work)
+        return np.concatenate((rows, tail)), np.concatenate((log_pi, np.zeros_like(tail, np.float32)))

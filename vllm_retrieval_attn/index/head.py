@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_retrieval_attn.index.choosing import Found
+from vllm_retrieval_attn.index.choosing import BINS, Found
 from vllm_retrieval_attn.index.native import native
-from vllm_retrieval_attn.index.search import MOST, search_shard, threshold, turn
+from vllm_retrieval_attn.index.scan import CAN_SCAN
+from vllm_retrieval_attn.index.search import MOST, Place, search_scratch, search_shard, threshold, turn
 from vllm_retrieval_attn.index.shard import BLOCK, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
 
 REFERENCE = 1024
 """Keys whose mean and deviation the next shard takes; the first append must bring as many. Divides a shard."""
 
-NO_ADDRESSES: tuple[int, ...] = (0,) * 6
+NO_ADDRESSES: tuple[int, ...] = (0,) * 7
 
 
 class _Moments:
@@ -51,22 +52,25 @@ class HeadIndex:
     """Keys are appended in order and never change.
 
     Args:
-        space: of this KV head, without the first axis (sketch/space.py).
+        space: of this KV head, without the first axis (sketch/space.py). by_faiss: whether Faiss is to search, also
+            where this processor can do without (index/scan.py).
 
     Attributes:
         size: keys indexed. shards: of them.
-        addresses: where compiled code finds what it needs (workers/units.py): Faiss's objects and the samples of the
-            shards, (shards,) int64; means and deviations of the shards, (shards, d) float32; the space's transform of
-            queries, (d, d) float32, and its mean, (d,) float32.
+        addresses: where compiled code finds what it needs (workers/units.py): of the shards Faiss's objects, codes (0:
+            Faiss is to search) and samples, (shards,) int64, means and deviations, (shards, d) float32; the space's
+            transform of queries, (d, d) float32, and its mean, (d,) float32.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, by_faiss: bool = False) -> None:
+        self._scans = CAN_SCAN and not by_faiss
         parts = (np.ascontiguousarray(part, np.float32) for part in (space.mean, space.keys, space.queries))
         self._space = Space(*parts)
         self._dim = len(space.mean)
         self._moments = _Moments(self._dim)
         self.shards: list[Shard] = []
         self.addresses = NO_ADDRESSES
+        self._codes = np.zeros(0, np.int64)
         self.size = 0
 
     @property
@@ -92,13 +96,16 @@ class HeadIndex:
             part = places[done : done + (SHARD_TOKENS - last.size) // BLOCK]
             known = REFERENCE // BLOCK if len(self.shards) == 1 and last.size == 0 else 0
             last.append(part.reshape(-1, self._dim))
+            self._codes[-1] = last.codes_address if self._scans else 0
             self._moments.add(part[known:])
             done += len(part)
             self.size += len(part) * BLOCK
 
     def _publish(self) -> None:
+        self._codes = np.append(self._codes, 0)
         held = (
             np.array([shard.address for shard in self.shards], np.int64),
+            self._codes,
             np.array([shard.samples.ctypes.data for shard in self.shards], np.int64),
             np.stack([shard.mean for shard in self.shards]),
             np.stack([shard.deviation for shard in self.shards]),
@@ -116,24 +123,27 @@ class HeadIndex:
         """
         group = len(queries)
         turned = np.zeros((group, self._dim), np.float32)
-        best = np.zeros(candidates // 64 + 2, np.float32)
+        work = search_scratch(group, self._dim, candidates)
         samples = np.array([shard.samples.ctypes.data for shard in self.shards], np.int64)
         floors = np.zeros(group, np.float32)
         for i in range(group):
             turn(self._space.queries, queries[i], turned[i])
-            floors[i] = threshold(samples, self.size, candidates, turned[i], best)
+            floors[i] = threshold(samples, self.size, candidates, turned[i], work.best)
             found.shifts[i] = queries[i] @ self._space.mean
-        scaled = np.zeros((group, self._dim + 1), np.float32)
         for number, shard in enumerate(self.shards):
             found.firsts[number], found.sizes[number] = number * SHARD_TOKENS, shard.size
-            search_shard(native(), shard.address, shard.mean, shard.deviation, turned, floors, scaled, number, found)
+            place = Place(shard.address, int(self._codes[number]), shard.mean, shard.deviation)
+            search_shard(native(), place, turned, floors, work, number, found)
 
 
 def found_for(shards: int, group: int) -> Found:
     """Empty candidates of ``shards`` shards and ``group`` query heads."""
-    room = group * MOST
+    each, room = (shards, group), group * MOST
     return Found(
         np.zeros((shards, room), np.float32), np.zeros((shards, room), np.int32),
-        np.zeros((shards, group + 1), np.int64), np.zeros((shards, group), np.float32), np.zeros(group, np.float32),
-        *np.zeros((2, shards), np.int64),
+        np.zeros((shards, group + 1), np.int64), np.zeros(each, np.float32), np.zeros(group, np.float32),
+        np.zeros(shards, np.int64), np.zeros(shards, np.int64), np.zeros(each, np.float32), np.zeros(each),
+        np.zeros(each, np.float32), np.zeros(each, np.float32),
+        np.zeros(shards, np.int64), np.zeros(shards, np.float32), np.zeros((shards, BINS), np.int64),
+        np.zeros((shards, BINS)), np.zeros(shards),
     )  # fmt: skip

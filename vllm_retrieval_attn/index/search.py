@@ -1,22 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Candidates of one query among the keys of a KV head: all that score above a threshold, from Faiss.
+"""Candidates of one query among the keys of a KV head: all that score above a threshold, by Faiss (index/native.py) or,
+on processors that can, by a loop of our own over Faiss's codes (index/scan.py).
 
 The threshold of a query head is the score that about ``candidates`` keys reach, estimated from every SAMPLE-th key
 (index/shard.py). It depends on keys and query alone.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from vllm_retrieval_attn.index.native import pointer_to, search_above
 from vllm_retrieval_attn.index.packing import SAMPLE
 from vllm_retrieval_attn.index.rows import jit
+from vllm_retrieval_attn.index.scan import ScanScratch, scan_above, scan_scratch
 from vllm_retrieval_attn.index.shard import SAMPLES, SHARD_TOKENS
 
 MOST = 2048
 """Candidates of a query head that one shard gives at most: the best."""
+
+
+class Place(NamedTuple):
+    """Where a shard lies.
+
+    Attributes:
+        faiss: address of Faiss's object. codes: address of what it scans, 0: Faiss is to search.
+        mean, deviation: (d,) float32 of the shard.
+    """
+
+    faiss: int
+    codes: int
+    mean: npt.NDArray[np.float32]
+    deviation: npt.NDArray[np.float32]
+
+
+class SearchScratch(NamedTuple):
+    """Memory of one thread.
+
+    Attributes:
+        best: (candidates / 64 + 2,) float32. scaled: (g, d + 1) float32, queries in a shard's scale. scan: of
+            index/scan.py.
+    """
+
+    best: npt.NDArray[np.float32]
+    scaled: npt.NDArray[np.float32]
+    scan: ScanScratch
+
+
+def search_scratch(group: int, dim: int, candidates: int) -> SearchScratch:
+    """Memory for ``group`` query heads that ask for about ``candidates`` keys each."""
+    best, scaled = np.zeros(candidates // 64 + 2, np.float32), np.zeros((group, dim + 1), np.float32)
+    return SearchScratch(best, scaled, scan_scratch(dim, SHARD_TOKENS))
 
 
 @jit
@@ -62,32 +98,29 @@ def threshold(samples: Any, keys: int, candidates: int, turned: Any, best: Any) 
 
 
 @jit
-def search_shard(
-    native: Any, index: int, mean: Any, deviation: Any, turned: Any, floors: Any, scaled: Any, u: int, found: Any
-) -> None:
+def search_shard(native: Any, place: Any, turned: Any, floors: Any, work: Any, u: int, found: Any) -> None:
     """Candidates of shard ``u`` into ``found`` (Found of index/choosing.py), whose ``firsts`` and ``sizes`` stand.
 
     Args:
-        native: see index/native.py. index: address of the shard's. mean, deviation: (d,) of the shard.
-        turned: (g, d) queries in the space of the codes. floors: (g,) their thresholds. scaled: (g, d + 1) scratch.
+        native: see index/native.py. place: Place. turned: (g, d) queries in the space of the codes.
+        floors: (g,) their thresholds. work: SearchScratch.
     """
     group, dim = turned.shape
-    shifts = found.floors[u]
+    shifts, scaled, starts = found.floors[u], work.scaled, found.starts[u]
     for i in range(group):
         for j in range(dim):
-            scaled[i, j] = turned[i, j] * deviation[j]
-        shifts[i] = product(mean, turned[i])
+            scaled[i, j] = turned[i, j] * place.deviation[j]
+        shifts[i] = product(place.mean, turned[i])
         scaled[i, dim] = shifts[i] - floors[i]
-    starts = found.starts[u]
-    search_above(native, index, scaled, MOST, found.scores[u], found.ids[u], starts)
+    if place.codes != 0:
+        scan_above(place.codes, found.sizes[u], scaled, MOST, work.scan, found.scores[u], found.ids[u], starts)
+    else:
+        search_above(native, place.faiss, scaled, MOST, found.scores[u], found.ids[u], starts)
     for i in range(group):
-        floor = floors[i]
-        least = np.float32(np.inf)
-        for c in range(starts[i], starts[i + 1]):
-            found.scores[u, c] += floor
-            least = min(least, found.scores[u, c])
-        full = starts[i + 1] - starts[i] == MOST
-        found.floors[u, i] = least if full else floor
+        floor, scores = floors[i], found.scores[u, starts[i] : starts[i + 1]]
+        for c in range(len(scores)):
+            scores[c] += floor
+        found.floors[u, i] = scores.min() if len(scores) == MOST else floor
 
 
 @jit

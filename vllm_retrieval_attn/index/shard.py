@@ -70,6 +70,11 @@ class Shard:
         return object_address(self._index)
 
     @property
+    def codes_address(self) -> int:
+        """Of what Faiss scans, until the next :meth:`append`."""
+        return int(self._list.get_codes(0))
+
+    @property
     def size(self) -> int:
         return int(self._index.ntotal)
 

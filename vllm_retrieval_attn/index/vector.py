@@ -11,10 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from vllm_retrieval_attn.index.llvm import F32, I16, I32, I64, broadcast, call, function, load, loop, number
+
 LANES = 16
 """Numbers of a vector; head sizes must be a multiple."""
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_F32, LANES)
+_VECTOR = ir.VectorType(F32, LANES)
 _FLOAT32, _BFLOAT16, _FLOAT16 = 0, 1, 2
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269502162933349609375, 0.693359375, -2.12194441119208931923e-4
 _POLYNOMIAL = (
@@ -26,53 +27,30 @@ _NAMES = {_FLOAT32: "f32", _BFLOAT16: "bf16", _FLOAT16: "f16"}
 _SIZES = {_FLOAT32: 4, _BFLOAT16: 2, _FLOAT16: 2}
 
 
-def _number(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    value.align = align
-    return value
-
-
 def _elements(builder: Any, address: Any, dtype: int) -> Any:
     """16 stored elements as float32."""
     if dtype == _FLOAT32:
-        return _load(builder, address, _VECTOR, 4)
+        return load(builder, address, _VECTOR, 4)
     if dtype == _FLOAT16:
-        halves = _load(builder, address, ir.VectorType(ir.HalfType(), LANES), 2)
+        halves = load(builder, address, ir.VectorType(ir.HalfType(), LANES), 2)
         return builder.fpext(halves, _VECTOR)
-    halves = _load(builder, address, ir.VectorType(_I16, LANES), 2)
-    wide = builder.zext(halves, ir.VectorType(_I32, LANES))
-    sixteen = ir.Constant(ir.VectorType(_I32, LANES), [16] * LANES)
+    halves = load(builder, address, ir.VectorType(I16, LANES), 2)
+    wide = builder.zext(halves, ir.VectorType(I32, LANES))
+    sixteen = ir.Constant(ir.VectorType(I32, LANES), [16] * LANES)
     return builder.bitcast(builder.shl(wide, sixteen), _VECTOR)
-
-
-def _broadcast(builder: Any, value: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
 
 def _same(value: float) -> Any:
     return ir.Constant(_VECTOR, [value] * LANES)
 
 
-def _call(builder: Any, name: str, *values: Any, result: Any = _VECTOR, fastmath: tuple[str, ...] = ()) -> Any:
-    """Call an operation of LLVM's own."""
-    kind = ir.FunctionType(result, [value.type for value in values])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(function, values, fastmath=fastmath)
-
-
 def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{LANES}f32", a, b, c)
+    return call(builder, f"llvm.fma.v{LANES}f32", a, b, c, result=_VECTOR)
 
 
 def _summed(builder: Any, vector: Any) -> Any:
     name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-    return _call(builder, name, ir.Constant(_F32, -0.0), vector, result=_F32, fastmath=("reassoc",))
+    return call(builder, name, ir.Constant(F32, -0.0), vector, result=F32, fastmath=("reassoc",))
 
 
 def _largest(builder: Any, a: Any, b: Any) -> Any:
@@ -82,69 +60,35 @@ def _largest(builder: Any, a: Any, b: Any) -> Any:
 def _exponential(builder: Any, x: Any) -> Any:
     """exp(x) for x <= 0, to 3e-7; below exp(-87) it stays there."""
     v = _largest(builder, x, _same(-87.0))
-    k = _call(builder, f"llvm.floor.v{LANES}f32", _fused(builder, v, _same(_LOG2E), _same(0.5)))
+    k = call(builder, f"llvm.floor.v{LANES}f32", _fused(builder, v, _same(_LOG2E), _same(0.5)), result=_VECTOR)
     minus = builder.fsub(_same(0.0), k)
     r = _fused(builder, minus, _same(_LN2_LOW), _fused(builder, minus, _same(_LN2_HIGH), v))
     p = _same(_POLYNOMIAL[0])
     for factor in _POLYNOMIAL[1:]:
         p = _fused(builder, p, r, _same(factor))
     p = builder.fadd(_fused(builder, p, builder.fmul(r, r), r), _same(1.0))
-    integers = ir.VectorType(_I32, LANES)
+    integers = ir.VectorType(I32, LANES)
     biased = builder.add(builder.fptosi(k, integers), ir.Constant(integers, [127] * LANES))
     power = builder.bitcast(builder.shl(biased, ir.Constant(integers, [23] * LANES)), _VECTOR)
     return builder.fmul(p, power)
 
 
-def _loop(builder: Any, first: Any, end: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
-    """``for i in range(first, end, step)``: ``body(i, values)`` returns what ``carried`` becomes."""
-    before = builder.block
-    head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(_I64)
-    index.add_incoming(first, before)
-    values = [builder.phi(value.type) for value in carried]
-    for phi, value in zip(values, carried, strict=True):
-        phi.add_incoming(value, before)
-    builder.cbranch(builder.icmp_signed("<", index, end), inside, after)
-    builder.position_at_end(inside)
-    found = body(index, values)
-    index.add_incoming(builder.add(index, _number(step)), builder.block)
-    for phi, value in zip(values, found, strict=True):
-        phi.add_incoming(value, builder.block)
-    builder.branch(head)
-    builder.position_at_end(after)
-    return values
-
-
-def _function(module: Any, name: str, arguments: int, write: Any) -> Any:
-    """A function of int64 arguments, written once a module."""
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * arguments), name)
-    function.linkage = "internal"
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    write(builder, *function.args)
-    builder.ret_void()
-    return function
-
-
 def _write_dots(dtype: int, heads: int) -> Any:
     def write(builder: Any, row: Any, queries: Any, dim: Any, out: Any, stride: Any) -> None:
         def step(column: Any, sums: list[Any]) -> list[Any]:
-            key = _elements(builder, builder.add(row, builder.mul(column, _number(_SIZES[dtype]))), dtype)
-            at = builder.add(queries, builder.mul(column, _number(4)))
+            key = _elements(builder, builder.add(row, builder.mul(column, number(_SIZES[dtype]))), dtype)
+            at = builder.add(queries, builder.mul(column, number(4)))
             found = []
             for head, total in enumerate(sums):
-                offset = builder.mul(builder.mul(dim, _number(4)), _number(head))
-                found.append(_fused(builder, key, _load(builder, builder.add(at, offset), _VECTOR, 4), total))
+                offset = builder.mul(builder.mul(dim, number(4)), number(head))
+                found.append(_fused(builder, key, load(builder, builder.add(at, offset), _VECTOR, 4), total))
             return found
 
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        sums = _loop(builder, _number(0), dim, LANES, [zero] * heads, step)
+        sums = loop(builder, number(0), dim, LANES, [zero] * heads, step)
         for head, total in enumerate(sums):
-            place = builder.add(out, builder.mul(stride, _number(4 * head)))
-            builder.store(_summed(builder, total), builder.inttoptr(place, _F32.as_pointer())).align = 4
+            place = builder.add(out, builder.mul(stride, number(4 * head)))
+            builder.store(_summed(builder, total), builder.inttoptr(place, F32.as_pointer())).align = 4
 
     return write
 
@@ -157,86 +101,86 @@ def _write_values(dtype: int, heads: int, width: int) -> Any:
         end: Any,
     ) -> None:  # fmt: skip
         def place(head: int, column: Any, part: int) -> Any:
-            offset = builder.add(builder.mul(dim, _number(head)), builder.add(column, _number(part * LANES)))
-            return builder.add(sums, builder.mul(offset, _number(4)))
+            offset = builder.add(builder.mul(dim, number(head)), builder.add(column, number(part * LANES)))
+            return builder.add(sums, builder.mul(offset, number(4)))
 
         def columns(column: Any, _: list[Any]) -> list[Any]:
             held = [
-                _load(builder, place(head, column, part), _VECTOR, 4) for head in range(heads) for part in range(width)
+                load(builder, place(head, column, part), _VECTOR, 4) for head in range(heads) for part in range(width)
             ]
 
-            def row(number: Any, totals: list[Any]) -> list[Any]:
-                start = _load(builder, builder.add(starts, builder.mul(number, _number(8))), _I64, 8)
+            def row(line: Any, totals: list[Any]) -> list[Any]:
+                start = load(builder, builder.add(starts, builder.mul(line, number(8))), I64, 8)
                 element = builder.add(builder.add(start, dim), column)
-                at = builder.add(base, builder.mul(element, _number(_SIZES[dtype])))
+                at = builder.add(base, builder.mul(element, number(_SIZES[dtype])))
                 values = [
-                    _elements(builder, builder.add(at, _number(part * LANES * _SIZES[dtype])), dtype)
+                    _elements(builder, builder.add(at, number(part * LANES * _SIZES[dtype])), dtype)
                     for part in range(width)
                 ]
                 found = []
                 for head in range(heads):
-                    offset = builder.add(builder.mul(stride, _number(head)), number)
-                    weight = _load(builder, builder.add(weights, builder.mul(offset, _number(4))), _F32, 4)
-                    wide = _broadcast(builder, weight)
+                    offset = builder.add(builder.mul(stride, number(head)), line)
+                    weight = load(builder, builder.add(weights, builder.mul(offset, number(4))), F32, 4)
+                    wide = broadcast(builder, weight)
                     found += [_fused(builder, wide, values[part], totals[head * width + part]) for part in range(width)]
                 return found
 
-            totals = _loop(builder, _number(0), count, 1, held, row)
+            totals = loop(builder, number(0), count, 1, held, row)
             for head in range(heads):
                 for part in range(width):
                     pointer = builder.inttoptr(place(head, column, part), _VECTOR.as_pointer())
                     builder.store(totals[head * width + part], pointer).align = 4
             return []
 
-        _loop(builder, first, end, width * LANES, [], columns)
+        loop(builder, first, end, width * LANES, [], columns)
 
     return write
 
 
 def _write_soften(builder: Any, scores: Any, log_pi: Any, count: Any, top: Any, total: Any) -> None:
-    lanes = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
-    integers = ir.VectorType(_I64, LANES)
+    lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
+    integers = ir.VectorType(I64, LANES)
 
     def inside(first: Any) -> Any:
         one = builder.insert_element(
-            ir.Constant(integers, ir.Undefined), builder.sub(count, first), ir.Constant(_I32, 0)
+            ir.Constant(integers, ir.Undefined), builder.sub(count, first), ir.Constant(I32, 0)
         )
         left = builder.shuffle_vector(
-            one, ir.Constant(integers, ir.Undefined), ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+            one, ir.Constant(integers, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
         )
         return builder.icmp_signed("<", lanes, left)
 
     def place(first: Any, base: Any) -> Any:
-        return builder.add(base, builder.mul(first, _number(4)))
+        return builder.add(base, builder.mul(first, number(4)))
 
     def lower(first: Any, tops: list[Any]) -> list[Any]:
         found = builder.fsub(
-            _load(builder, place(first, scores), _VECTOR, 4), _load(builder, place(first, log_pi), _VECTOR, 4)
+            load(builder, place(first, scores), _VECTOR, 4), load(builder, place(first, log_pi), _VECTOR, 4)
         )
         found = builder.select(inside(first), found, _same(float("-inf")))
         builder.store(found, builder.inttoptr(place(first, scores), _VECTOR.as_pointer())).align = 4
         return [_largest(builder, found, tops[0])]
 
-    before = _load(builder, top, _F32, 4)
-    (tops,) = _loop(builder, _number(0), count, LANES, [_broadcast(builder, before)], lower)
-    largest = _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", tops, result=_F32)
-    builder.store(largest, builder.inttoptr(top, _F32.as_pointer())).align = 4
-    nothing = builder.fcmp_ordered("==", largest, ir.Constant(_F32, float("-inf")))
-    shift = _broadcast(builder, builder.select(nothing, ir.Constant(_F32, 0.0), largest))
+    before = load(builder, top, F32, 4)
+    (tops,) = loop(builder, number(0), count, LANES, [broadcast(builder, before)], lower)
+    largest = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", tops, result=F32)
+    builder.store(largest, builder.inttoptr(top, F32.as_pointer())).align = 4
+    nothing = builder.fcmp_ordered("==", largest, ir.Constant(F32, float("-inf")))
+    shift = broadcast(builder, builder.select(nothing, ir.Constant(F32, 0.0), largest))
 
     def lift(first: Any, sums: list[Any]) -> list[Any]:
-        raised = _exponential(builder, builder.fsub(_load(builder, place(first, scores), _VECTOR, 4), shift))
+        raised = _exponential(builder, builder.fsub(load(builder, place(first, scores), _VECTOR, 4), shift))
         raised = builder.select(inside(first), raised, _same(0.0))
         builder.store(raised, builder.inttoptr(place(first, scores), _VECTOR.as_pointer())).align = 4
         return [builder.fadd(sums[0], raised)]
 
-    (sums,) = _loop(builder, _number(0), count, LANES, [_same(0.0)], lift)
-    builder.store(_summed(builder, sums), builder.inttoptr(total, _F32.as_pointer())).align = 4
+    (sums,) = loop(builder, number(0), count, LANES, [_same(0.0)], lift)
+    builder.store(_summed(builder, sums), builder.inttoptr(total, F32.as_pointer())).align = 4
 
 
 def _write_exponentials(builder: Any, numbers: Any, count: Any) -> None:
     def place(index: Any, kind: Any) -> Any:
-        return builder.inttoptr(builder.add(numbers, builder.mul(index, _number(4))), kind.as_pointer())
+        return builder.inttoptr(builder.add(numbers, builder.mul(index, number(4))), kind.as_pointer())
 
     def whole(first: Any, _: list[Any]) -> list[Any]:
         at = place(first, _VECTOR)
@@ -246,27 +190,27 @@ def _write_exponentials(builder: Any, numbers: Any, count: Any) -> None:
         return []
 
     def single(index: Any, _: list[Any]) -> list[Any]:
-        at = place(index, _F32)
-        raised = _exponential(builder, _broadcast(builder, builder.load(at)))
-        builder.store(builder.extract_element(raised, ir.Constant(_I32, 0)), at)
+        at = place(index, F32)
+        raised = _exponential(builder, broadcast(builder, builder.load(at)))
+        builder.store(builder.extract_element(raised, ir.Constant(I32, 0)), at)
         return []
 
-    vectors = builder.and_(count, _number(-LANES))
-    _loop(builder, _number(0), vectors, LANES, [], whole)
-    _loop(builder, vectors, count, 1, [], single)
+    vectors = builder.and_(count, number(-LANES))
+    loop(builder, number(0), vectors, LANES, [], whole)
+    loop(builder, vectors, count, 1, [], single)
 
 
 def _write_widen(dtype: int) -> Any:
     def write(builder: Any, source: Any, count: Any, scale: Any, out: Any) -> None:
-        factor = _broadcast(builder, builder.bitcast(builder.trunc(scale, _I32), _F32))
+        factor = broadcast(builder, builder.bitcast(builder.trunc(scale, I32), F32))
 
         def step(first: Any, _: list[Any]) -> list[Any]:
-            found = _elements(builder, builder.add(source, builder.mul(first, _number(_SIZES[dtype]))), dtype)
-            pointer = builder.inttoptr(builder.add(out, builder.mul(first, _number(4))), _VECTOR.as_pointer())
+            found = _elements(builder, builder.add(source, builder.mul(first, number(_SIZES[dtype]))), dtype)
+            pointer = builder.inttoptr(builder.add(out, builder.mul(first, number(4))), _VECTOR.as_pointer())
             builder.store(builder.fmul(found, factor), pointer).align = 4
             return []
 
-        _loop(builder, _number(0), count, LANES, [], step)
+        loop(builder, number(0), count, LANES, [], step)
 
     return write
 
@@ -277,7 +221,7 @@ def _by_dtype(builder: Any, dtype: Any, emit: Any) -> None:
     switch = builder.switch(dtype, after)
     for kind in _NAMES:
         block = builder.append_basic_block(_NAMES[kind])
-        switch.add_case(_number(kind), block)
+        switch.add_case(number(kind), block)
         builder.position_at_end(block)
         emit(kind)
         builder.branch(after)
@@ -298,18 +242,18 @@ def dots(typingctx: Any, row: Any, dtype: Any, queries: Any, heads: Any, dim: An
 
         def emit(kind: int) -> None:
             four, one = (
-                _function(builder.module, f"retrieval_dots_{_NAMES[kind]}_{n}", 5, _write_dots(kind, n)) for n in (4, 1)
+                function(builder.module, f"retrieval_dots_{_NAMES[kind]}_{n}", 5, _write_dots(kind, n)) for n in (4, 1)
             )
 
-            def call(function: Any, head: Any) -> list[Any]:
-                asked = builder.add(queries, builder.mul(builder.mul(head, dim), _number(4)))
-                place = builder.add(out, builder.mul(builder.mul(head, stride), _number(4)))
-                builder.call(function, [row, asked, dim, place, stride])
+            def ask(code: Any, head: Any) -> list[Any]:
+                asked = builder.add(queries, builder.mul(builder.mul(head, dim), number(4)))
+                place = builder.add(out, builder.mul(builder.mul(head, stride), number(4)))
+                builder.call(code, [row, asked, dim, place, stride])
                 return []
 
-            fours = builder.and_(heads, _number(-4))
-            _loop(builder, _number(0), fours, 4, [], lambda head, _: call(four, head))
-            _loop(builder, fours, heads, 1, [], lambda head, _: call(one, head))
+            fours = builder.and_(heads, number(-4))
+            loop(builder, number(0), fours, 4, [], lambda head, _: ask(four, head))
+            loop(builder, fours, heads, 1, [], lambda head, _: ask(one, head))
 
         _by_dtype(builder, dtype, emit)
         return context.get_dummy_value()
@@ -333,24 +277,24 @@ def add_values(
         base, dtype, starts, count, dim, weights, stride, heads, sums = args
 
         def emit(kind: int) -> None:
-            def call(head: Any, some: int) -> list[Any]:
+            def add(head: Any, some: int) -> list[Any]:
                 wide, narrow = (
-                    _function(
+                    function(
                         builder.module, f"retrieval_values_{_NAMES[kind]}_{some}_{width}", 9,
                         _write_values(kind, some, width),
                     )
                     for width in (2, 1)
                 )  # fmt: skip
-                mine = builder.add(weights, builder.mul(builder.mul(head, stride), _number(4)))
-                place = builder.add(sums, builder.mul(builder.mul(head, dim), _number(4)))
-                pairs = builder.and_(dim, _number(-2 * LANES))
-                builder.call(wide, [base, starts, count, dim, mine, stride, place, _number(0), pairs])
+                mine = builder.add(weights, builder.mul(builder.mul(head, stride), number(4)))
+                place = builder.add(sums, builder.mul(builder.mul(head, dim), number(4)))
+                pairs = builder.and_(dim, number(-2 * LANES))
+                builder.call(wide, [base, starts, count, dim, mine, stride, place, number(0), pairs])
                 builder.call(narrow, [base, starts, count, dim, mine, stride, place, pairs, dim])
                 return []
 
-            fours = builder.and_(heads, _number(-4))
-            _loop(builder, _number(0), fours, 4, [], lambda head, _: call(head, 4))
-            _loop(builder, fours, heads, 1, [], lambda head, _: call(head, 1))
+            fours = builder.and_(heads, number(-4))
+            loop(builder, number(0), fours, 4, [], lambda head, _: add(head, 4))
+            loop(builder, fours, heads, 1, [], lambda head, _: add(head, 1))
 
         _by_dtype(builder, dtype, emit)
         return context.get_dummy_value()
@@ -368,7 +312,7 @@ def soften(typingctx: Any, scores: Any, log_pi: Any, count: Any, top: Any, total
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.call(_function(builder.module, "retrieval_soften", 5, _write_soften), args)
+        builder.call(function(builder.module, "retrieval_soften", 5, _write_soften), args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
@@ -380,7 +324,7 @@ def exponentials(typingctx: Any, numbers: Any, count: Any) -> Any:
     and below exp(-87) it stays there."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.call(_function(builder.module, "retrieval_exponentials", 2, _write_exponentials), args)
+        builder.call(function(builder.module, "retrieval_exponentials", 2, _write_exponentials), args)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -394,10 +338,10 @@ def widen(typingctx: Any, source: Any, dtype: Any, count: Any, scale: Any, out: 
         source, dtype, count, scale, out = args
 
         def emit(kind: int) -> None:
-            function = _function(builder.module, f"retrieval_widen_{_NAMES[kind]}", 4, _write_widen(kind))
-            builder.call(function, [source, count, bits, out])
+            code = function(builder.module, f"retrieval_widen_{_NAMES[kind]}", 4, _write_widen(kind))
+            builder.call(code, [source, count, bits, out])
 
-        bits = builder.zext(builder.bitcast(scale, _I32), _I64)
+        bits = builder.zext(builder.bitcast(scale, I32), I64)
         _by_dtype(builder, dtype, emit)
         return context.get_dummy_value()
 

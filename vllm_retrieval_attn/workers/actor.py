@@ -29,7 +29,7 @@ class SearchActor:
             library.set_num_threads(1)  # matrices here are small and threads many
         self._file = SharedFile.attach(setup.path)
         views = self._views = Views(layout, self._file.map)
-        indexes = Indexes(layout, views, actor)
+        indexes = Indexes(layout, views, actor, setup.by_faiss)
         check_readable(indexes.source)
         desk = Desk(layout, views, indexes, setup.scale, setup.candidates)
         self._lanes = [Lane(layout, views, desk, actor, t, setup.spin_ns) for t in (LEADER, *range(layout.threads))]

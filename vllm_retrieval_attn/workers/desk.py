@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.elsewhere import Source
-from vllm_retrieval_attn.index.head import NO_ADDRESSES, HeadIndex
+from vllm_retrieval_attn.index.head import NO_ADDRESSES, HeadIndex, found_for
 from vllm_retrieval_attn.index.native import Native, native
 from vllm_retrieval_attn.index.rows import Memory, memory_of
-from vllm_retrieval_attn.index.search import MOST
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
@@ -44,29 +43,31 @@ EXACT_PIECE = 4096
 
 # int64 numbers of a task
 (
-    TASK_ROW, TASK_HEAD, TASK_LAYER, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_BASE, TASK_LIMIT, TASK_POSITION,
-    TASK_SEED, TASK_PROBED, TASK_FIRST, TASK_UNITS, TASK_DONE, TASK_FAILED, TASK_OBJECTS, TASK_SAMPLES, TASK_MEANS,
-    TASK_DEVIATIONS, TASK_TURN, TASK_CENTRE, TASK_COUNT, TASK_STATE, TASK_FOLDED,
-) = range(24)  # fmt: skip
-"""Row of the message, KV head and layer; host tokens, and how many are indexed; page table; element of a page where the
-head's rows begin; rows to read; position and the request's seed; whether its choice is kept; first unit and their
-number; how many are done; whether it failed; addresses, as HeadIndex has them; rows chosen; how far it is; pieces of
-chosen rows that are done."""
-OPEN, CHOSEN, OVER = range(3)
-"""Rows not chosen yet; chosen, so that their pieces can be done; nothing more to do."""
-FOLDED = 9
-"""Pieces of a task's chosen rows; the last of them is what lies beyond its index."""
-TASK_FIELDS = 24
+    TASK_ROW, TASK_HEAD, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_LIMIT, TASK_POSITION, TASK_SEED, TASK_FIRST,
+    TASK_UNITS,
+) = range(10)  # fmt: skip
+"""Row of the message and KV head; host tokens, and how many are indexed; page table; rows to read; position and the
+request's seed; first unit and their number. The same in all layers of a step."""
+(
+    TASK_LAYER, TASK_BASE, TASK_PROBED, TASK_FAILED, TASK_OBJECTS, TASK_CODES, TASK_SAMPLES, TASK_MEANS,
+    TASK_DEVIATIONS, TASK_TURN, TASK_CENTRE, TASK_DONE, TASK_WEIGHED, TASK_FOLDED, TASK_COUNT, TASK_STATE,
+) = range(10, 26)  # fmt: skip
+"""Layer; element of a page where the head's rows begin; whether its choice is kept; whether it failed; addresses, as
+HeadIndex has them; units that are done, weighed and folded; rows chosen; how far it is."""
+TASK_FIELDS = 26
+OPEN, JOINED, CHOSEN, OVER = range(4)
+"""Not all units are done yet; they are, and can be weighed; tau is known, and rows can be drawn; nothing more to do."""
 UNIT_TASK, UNIT_NUMBER = 0, 1
 
 # int64 numbers of the desk: counters in lines of their own, then addresses and sizes of the arrays
-NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED, PIECE = (8 * number for number in range(10))
+NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED, WEIGH, PIECE = (8 * number for number in range(11))
 """Next unit; threads that may look at the arrays; tasks left; keys scored and rows read; the message that is open, 0:
 none; threads that sleep until there is one; next query head of a task to be turned, and how many are not yet;
-next piece of chosen rows."""
-TASKS, UNITS, TASKS_AT, TAUS_AT, UNITS_AT, QUERIES_AT, TURNED_AT, SHIFTS_AT, THRESHOLDS_AT = range(80, 89)
-CHOSEN_AT, LOG_PI_AT, FOLDED_AT, SCORES_AT, IDS_AT, STARTS_AT, FLOORS_AT, FIRSTS_AT, SIZES_AT, PARTS_AT = range(89, 99)
-DESK_NUMBERS = 104
+next unit to be weighed; next piece of rows: what lies beyond the index of each task, then the units."""
+TASKS, UNITS = 88, 89
+ARRAYS_AT = 90
+"""Addresses of the arrays, in the order of Arrays (workers/tasks.py)."""
+DESK_NUMBERS = 128
 
 
 class Geometry(NamedTuple):
@@ -82,7 +83,6 @@ class Geometry(NamedTuple):
     first_head: int
     scale: np.float32
     candidates: int
-    most_chosen: int
     native: Native
 
 
@@ -114,8 +114,7 @@ class Desk:
         self.numbers = np.zeros(DESK_NUMBERS, np.int64)
         self.geometry = Geometry(
             layout.group, layout.dim, layout.kv_heads, layout.pages, layout.page_tokens,
-            layout.page_elements, layout.first_head, np.float32(scale), candidates,
-            layout.most_chosen, native(),
+            layout.page_elements, layout.first_head, np.float32(scale), candidates, native(),
         )  # fmt: skip
         self.shared = Shared(
             indexes.source, memory_of(views.queries, layout.dtype_code), views.tables, views.outside, views.partials,
@@ -138,54 +137,65 @@ class Desk:
         self._tasks = np.zeros((tasks, TASK_FIELDS), np.int64)
         self._taus = np.zeros(tasks)
         self._units = np.zeros((units, 2), np.int64)
+        found = found_for(units, group)
         self._held = [
-            self._tasks, self._taus, self._units,
+            self._tasks, self._taus, np.zeros(tasks), self._units,
             *np.zeros((2, tasks, group, dim), np.float32), *np.zeros((2, tasks, group), np.float32),
-            np.zeros((tasks, self._layout.most_chosen), np.int64),
-            np.zeros((tasks, self._layout.most_chosen), np.float32),
-            np.zeros((tasks, FOLDED, group, dim + 2), np.float32),
-            np.zeros((units, group * MOST), np.float32), np.zeros((units, group * MOST), np.int32),
-            np.zeros((units, group + 1), np.int64), np.zeros((units, group), np.float32),
-            *np.zeros((2, units), np.int64),
-            np.zeros((units, group, dim + 2), np.float32),
+            np.zeros((tasks, group, dim + 2), np.float32), np.zeros((units, group, dim + 2), np.float32),
+            *(part for name, part in found._asdict().items() if name != "shifts"),
         ]  # fmt: skip
-        self.numbers[TASKS_AT : TASKS_AT + len(self._held)] = [array.ctypes.data for array in self._held]
+        self.numbers[ARRAYS_AT : ARRAYS_AT + len(self._held)] = [array.ctypes.data for array in self._held]
+        self._laid = b""
 
     def lay_out(self) -> None:
         """Lay the message in the shared file out, its indexes extended as far as it wants them. No thread may be at
         the desk."""
         views, heads = self._views, self._indexes.heads
         rows = views.rows[: int(views.header[MSG_ROWS])].copy()
-        indexed, tokens = rows[:, ROW_INDEXED], rows[:, ROW_TOKENS]
-        units = np.where(indexed > 0, -(-indexed // SHARD_TOKENS), np.maximum(1, -(-tokens // EXACT_PIECE)))
-        self._reserve(len(rows) * len(heads), int(units.sum()) * len(heads))
+        laid = rows.tobytes()
+        if laid != self._laid:
+            self._lay_rows(rows)
+            self._laid = laid
         layer, probe = int(views.header[MSG_LAYER]), int(views.header[MSG_PROBE])
-        counts = np.repeat(units, len(heads))
-        firsts = np.cumsum(counts) - counts
-        task, first = len(counts), int(counts.sum())
-        laid = [
-            self._task(row, head, layer, numbers, row == probe)
+        tasks = [
+            self._of_layer(head, layer, numbers, row == probe)
             for row, numbers in enumerate(rows.tolist())
             for head in heads
         ]
-        if laid:
-            self._tasks[:task] = laid
-        self._tasks[:task, TASK_FIRST], self._tasks[:task, TASK_UNITS] = firsts, counts
+        if tasks:
+            self._tasks[: len(tasks), TASK_LAYER:] = tasks
+        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = 0
+        self.numbers[TURN] = self.numbers[WEIGH] = self.numbers[PIECE] = 0
+        self.numbers[LEFT], self.numbers[UNTURNED] = len(tasks), len(tasks) * self._layout.group
+
+    def _lay_rows(self, rows: npt.NDArray[np.int64]) -> None:
+        """What is the same in all layers of a step."""
+        heads = self._indexes.heads
+        indexed, tokens = rows[:, ROW_INDEXED], rows[:, ROW_TOKENS]
+        units = np.where(indexed > 0, -(-indexed // SHARD_TOKENS), np.maximum(1, -(-tokens // EXACT_PIECE)))
+        counts = np.repeat(units, len(heads))
+        task, unit = len(counts), int(counts.sum())
+        self._reserve(task, unit)
+        firsts = np.cumsum(counts) - counts
+        columns = np.repeat(
+            rows[:, [ROW_TOKENS, ROW_INDEXED, ROW_TABLE, ROW_LIMIT, ROW_POSITION, ROW_SEED]], len(heads), axis=0
+        )
+        tasks = self._tasks[:task]
+        tasks[:, TASK_ROW], tasks[:, TASK_HEAD] = np.repeat(np.arange(len(rows)), len(heads)), heads * len(rows)
+        tasks[:, TASK_TOKENS : TASK_SEED + 1] = columns
+        tasks[:, TASK_FIRST], tasks[:, TASK_UNITS] = firsts, counts
         self._taus[:task] = np.repeat(rows[:, ROW_TAU] * TAU_UNIT, len(heads))
         of = np.repeat(np.arange(task), counts)
-        self._units[:first, UNIT_TASK], self._units[:first, UNIT_NUMBER] = of, np.arange(first) - firsts[of]
-        self.numbers[TASKS], self.numbers[UNITS] = task, first
-        self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = 0
-        self.numbers[TURN] = self.numbers[PIECE] = 0
-        self.numbers[LEFT], self.numbers[UNTURNED] = task, task * self._layout.group
+        self._units[:unit, UNIT_TASK], self._units[:unit, UNIT_NUMBER] = of, np.arange(unit) - firsts[of]
+        self.numbers[TASKS], self.numbers[UNITS] = task, unit
 
     def clear(self) -> None:
         """The message is over. Until then its indexes stay in memory, also where their requests have been given up: the
         threads at the desk know them by their addresses alone."""
         self._searched.clear()
 
-    def _task(self, row: int, head: int, layer: int, numbers: list[int], probed: bool) -> tuple[int, ...]:
-        """A task but for its units."""
+    def _of_layer(self, head: int, layer: int, numbers: list[int], probed: bool) -> tuple[int, ...]:
+        """Numbers of a task from TASK_LAYER on."""
         addresses, failed = NO_ADDRESSES, False
         if numbers[ROW_INDEXED]:
             key = (numbers[ROW_TABLE], layer, head)
@@ -200,8 +210,5 @@ class Desk:
             except Exception:  # the request of this row ends with an error, those of the others go on
                 logger.exception("retrieval: the index for a row could not be made")
                 failed = True
-        return (
-            row, head, layer, numbers[ROW_TOKENS], numbers[ROW_INDEXED], numbers[ROW_TABLE],
-            self._indexes.row_base(layer, head), numbers[ROW_LIMIT], numbers[ROW_POSITION], numbers[ROW_SEED],
-            int(probed), 0, 0, 0, int(failed), *addresses, 0, OPEN, 0,
-        )  # fmt: skip
+        base = self._indexes.row_base(layer, head)
+        return (layer, base, int(probed), int(failed), *addresses, 0, 0, 0, 0, OPEN)

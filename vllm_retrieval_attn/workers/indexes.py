@@ -42,14 +42,14 @@ class Indexes:
     """Safe for several threads.
 
     Args:
-        layout, views: the shared file of the rank. actor: which share of the KV heads.
+        layout, views: the shared file of the rank. actor: which share of the KV heads. by_faiss: see HeadIndex.
 
     Attributes:
         heads: of the share. source: the pages.
     """
 
-    def __init__(self, layout: Layout, views: Views, actor: int) -> None:
-        self._layout, self._views = layout, views
+    def __init__(self, layout: Layout, views: Views, actor: int, by_faiss: bool = False) -> None:
+        self._layout, self._views, self._by_faiss = layout, views, by_faiss
         self.heads = list(range(actor, layout.kv_heads, layout.actors))
         owner = int(views.words[WORD_CLIENT_PID]) if layout.pages_at else 0
         self.source: Source = source_of(views.pages, layout.dtype_code, owner, layout.pages_at)
@@ -67,7 +67,7 @@ class Indexes:
         """
         entry = self._entries.get(key)
         if entry is None or entry.generation != generation:
-            fresh = _Entry(generation, HeadIndex(self._space(key)))
+            fresh = _Entry(generation, HeadIndex(self._space(key), self._by_faiss))
             if entry is not None:
                 self._entries.pop(key, None)
             entry = self._entries.setdefault(key, fresh)

@@ -52,7 +52,7 @@ class WorkerPool:
 
     def __init__(self, config: ResolvedConfig, layout: Layout, views: Views, path: str, scale: float) -> None:
         self._layout, self._views, self._silent_s = layout, views, config.worker_timeout_s
-        setup = ActorSetup(path, layout, scale, config.candidates, config.spin_ns, config.cpus)
+        setup = ActorSetup(path, layout, scale, config.candidates, config.scan == "faiss", config.spin_ns, config.cpus)
         self.plan = Plan(setup, config.ray_address)
         self._closing = threading.Event()
         self._lock = threading.Lock()

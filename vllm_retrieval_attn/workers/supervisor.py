@@ -47,6 +47,7 @@ class ActorSetup:
     Attributes:
         path: shared file of the rank. layout: its shape.
         scale: softmax scale. candidates: best keys that a search returns for each query head.
+        by_faiss: whether Faiss searches, also where the processor can do without (index/scan.py).
         spin_ns: see workers/lane.py. cpus: CPU numbers to run on; a vLLM CPU worker may have bound itself, and so its
             children.
     """
@@ -55,6 +56,7 @@ class ActorSetup:
     layout: Layout
     scale: float
     candidates: int
+    by_faiss: bool
     spin_ns: int
     cpus: list[int]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Doing the units of a message (workers/desk.py), by the threads of an actor side by side, without Python's lock.
 
-A thread takes the next unit by an atomic counter. Whoever does the last unit of a task chooses rows among what was
-found. When all units are taken, threads take pieces of the chosen rows the same way, and whoever does the last piece of
-a task writes its result. No two threads write the same memory, and the sums of a task run in one order whoever does
-what.
+A thread takes the next unit by an atomic counter. When all units are taken, threads take them once more the same way,
+to weigh what was found, and a third time, to draw rows and attend to them; whoever does the last one of a task adds
+up what the next step needs of all (index/choosing.py), or writes the task's result. No two threads write the same
+memory, and the sums of a task run in one order whoever does what.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from vllm_retrieval_attn.index.choosing import Found, choose, seed_of
+from vllm_retrieval_attn.index.choosing import Found, draw, join, lift, raised_tau, seed_of, weigh
 from vllm_retrieval_attn.index.elsewhere import attend_picked_from, attend_run_from
 from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import finish, jit, load
-from vllm_retrieval_attn.index.search import product, search_shard, shard_keys, threshold, turn
+from vllm_retrieval_attn.index.search import Place, product, search_shard, shard_keys, threshold, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.workers.desk import (
     ACTIVE,
@@ -24,10 +24,9 @@ from vllm_retrieval_attn.workers.desk import (
     CODES,
     EXACT_PIECE,
     FAILED,
-    FOLDED,
+    JOINED,
     LEFT,
     NEXT,
-    OPEN,
     OVER,
     PIECE,
     ROWS,
@@ -35,6 +34,7 @@ from vllm_retrieval_attn.workers.desk import (
     SLEEPERS,
     TASK_BASE,
     TASK_CENTRE,
+    TASK_CODES,
     TASK_COUNT,
     TASK_DEVIATIONS,
     TASK_DONE,
@@ -57,12 +57,14 @@ from vllm_retrieval_attn.workers.desk import (
     TASK_TOKENS,
     TASK_TURN,
     TASK_UNITS,
+    TASK_WEIGHED,
     TASKS,
     TURN,
     UNIT_NUMBER,
     UNIT_TASK,
     UNITS,
     UNTURNED,
+    WEIGH,
 )
 from vllm_retrieval_attn.workers.sync import (
     atomic_add,
@@ -77,10 +79,12 @@ from vllm_retrieval_attn.workers.tasks import arrays_of
 
 @jit
 def _found(arrays: Any, t: int, first: int, last: int) -> Any:
-    """Candidates in units ``[first, last)`` of a task."""
+    """What is found in units ``[first, last)`` of a task."""
     return Found(
         arrays.scores[first:last], arrays.ids[first:last], arrays.starts[first:last], arrays.floors[first:last],
-        arrays.shifts[t], arrays.firsts[first:last], arrays.sizes[first:last],
+        arrays.shifts[t], arrays.firsts[first:last], arrays.sizes[first:last], arrays.tops[first:last],
+        arrays.sums[first:last], arrays.rests[first:last], arrays.shares[first:last], arrays.counts[first:last],
+        arrays.rest[first:last], arrays.bins[first:last], arrays.masses[first:last], arrays.below[first:last],
     )  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def _turn(arrays: Any, t: int, i: int, geometry: Any, shared: Any, lane: Any) ->
         turn(numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32), query, turned)
         arrays.shifts[t, i] = product(numba.carray(pointer_to(task[TASK_CENTRE]), (d,), np.float32), query)
         samples = numba.carray(pointer_to(task[TASK_SAMPLES]), (shards,), np.int64)
-        arrays.thresholds[t, i] = threshold(samples, task[TASK_INDEXED], geometry.candidates, turned, lane.best)
+        arrays.thresholds[t, i] = threshold(samples, task[TASK_INDEXED], geometry.candidates, turned, lane.search.best)
     for j in range(d):
         query[j] *= geometry.scale
 
@@ -111,10 +115,13 @@ def _search(arrays: Any, u: int, t: int, geometry: Any, lane: Any) -> int:
     mean = numba.carray(pointer_to(task[TASK_MEANS]), (shards, d), np.float32)[s]
     deviation = numba.carray(pointer_to(task[TASK_DEVIATIONS]), (shards, d), np.float32)[s]
     index = numba.carray(pointer_to(task[TASK_OBJECTS]), (shards,), np.int64)[s]
+    codes = numba.carray(pointer_to(task[TASK_CODES]), (shards,), np.int64)[s]
     size = shard_keys(s, task[TASK_INDEXED])
     arrays.firsts[u], arrays.sizes[u] = s * SHARD_TOKENS, size
     found = _found(arrays, t, u, u + 1)
-    search_shard(geometry.native, index, mean, deviation, arrays.turned[t], arrays.thresholds[t], lane.scaled, 0, found)
+    place = Place(index, codes, mean, deviation)
+    search_shard(geometry.native, place, arrays.turned[t], arrays.thresholds[t], lane.search, 0, found)
+    lift(found, 0, geometry.scale)
     return size
 
 
@@ -166,8 +173,7 @@ def _keep(run: Any, part: Any) -> None:
 
 @jit
 def _merge(parts: Any, run: Any) -> None:
-    """One softmax over partial results (n, g, d + 2), in order."""
-    _clear(run)
+    """Add partial results (n, g, d + 2), in order, to a running softmax."""
     n, g, d = len(parts), parts.shape[1], run.acc.shape[1]
     for u in range(n):
         part = parts[u]
@@ -183,73 +189,79 @@ def _merge(parts: Any, run: Any) -> None:
 
 
 @jit
-def _choose(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> bool:
-    """Choose rows of a task and find where they lie; False on failure."""
-    task, g = arrays.tasks[t], geometry.group
-    first, shards, head = task[TASK_FIRST], task[TASK_UNITS], task[TASK_HEAD]
-    found = _found(arrays, t, first, first + shards)
-    outside = shared.outside[task[TASK_ROW], head * g : (head + 1) * g]
-    seed = seed_of(task[TASK_SEED], task[TASK_POSITION], task[TASK_LAYER], geometry.first_head + head)
-    count = choose(found, shards, geometry.scale, outside, task[TASK_LIMIT], arrays.taus[t], seed, lane.choice)
-    if count < 0:
-        return False
-    ids, table = lane.choice.ids, shared.tables[task[TASK_TABLE]]
-    starts, log_pi = arrays.chosen[t], arrays.log_pi[t]
-    for n in range(count):
-        page = table[ids[n] // geometry.page_tokens]
-        if page < 0 or page >= geometry.pages:
-            return False
-        offset = ids[n] % geometry.page_tokens
-        starts[n] = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
-        log_pi[n] = lane.choice.log_pi[n]
-    task[TASK_COUNT] = count
+def _draw(arrays: Any, u: int, t: int, geometry: Any, shared: Any, lane: Any) -> int:
+    """Draw a unit's rows and attend to them; returns how many, -1 where they lie nowhere or can not be read."""
+    task, choice = arrays.tasks[t], lane.choice
+    seed = seed_of(task[TASK_SEED], task[TASK_POSITION], task[TASK_LAYER], geometry.first_head + task[TASK_HEAD])
+    count = draw(_found(arrays, t, u, u + 1), 0, arrays.raised[t], seed, choice)
+    place = atomic_add(task.ctypes.data + TASK_COUNT * 8, count)
     if task[TASK_PROBED]:
-        kept = shared.chosen[task[TASK_LAYER], head]
-        kept[0] = count
-        for n in range(count):
-            kept[1 + n] = ids[n]
-    return True
-
-
-@jit
-def _fold(arrays: Any, t: int, piece: int, geometry: Any, shared: Any, lane: Any) -> int:
-    """Attend to one piece of a task's chosen rows, the last piece: to those beyond its index; returns how many, -1
-    where they can not be read."""
-    task, queries = arrays.tasks[t], arrays.queries[t]
-    _clear(lane.run)
-    if piece == FOLDED - 1:
-        count = _attend_exactly(task, task[TASK_INDEXED], task[TASK_TOKENS], queries, geometry, shared, lane)
-    else:
-        first, last = task[TASK_COUNT] * piece // (FOLDED - 1), task[TASK_COUNT] * (piece + 1) // (FOLDED - 1)
-        count = last - first
-        starts, log_pi = arrays.chosen[t, first:last], arrays.log_pi[t, first:last]
-        if not attend_picked_from(shared.source, starts, log_pi, count, queries, lane.run, lane.work, lane.held):
+        kept = shared.chosen[task[TASK_LAYER], task[TASK_HEAD]]
+        if 1 + place + count > len(kept):
             return -1
-    _keep(lane.run, arrays.folded[t, piece])
+        for n in range(count):
+            kept[1 + place + n] = choice.ids[n]
+    table = shared.tables[task[TASK_TABLE]]
+    for n in range(count):
+        page = table[choice.ids[n] // geometry.page_tokens]
+        if page < 0 or page >= geometry.pages:
+            return -1
+        offset = choice.ids[n] % geometry.page_tokens
+        choice.ids[n] = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
+    _clear(lane.run)
+    queries = arrays.queries[t]
+    if not attend_picked_from(shared.source, choice.ids, choice.log_pi, count, queries, lane.run, lane.work, lane.held):
+        return -1
+    _keep(lane.run, arrays.parts[u])
     return count
 
 
 @jit
-def _finish(task: Any, parts: Any, rows: int, geometry: Any, shared: Any, lane: Any) -> None:
+def _attend_tail(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> int:
+    """Attend to what lies beyond a task's index; returns how many rows, -1 where they can not be read."""
+    task = arrays.tasks[t]
+    _clear(lane.run)
+    tokens, queries = task[TASK_TOKENS], arrays.queries[t]
+    count = _attend_exactly(task, task[TASK_INDEXED], tokens, queries, geometry, shared, lane)
+    _keep(lane.run, arrays.tails[t])
+    return count
+
+
+@jit
+def _finish(arrays: Any, t: int, rows: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
     """Write the result of a task."""
-    g, d = geometry.group, geometry.dim
+    g, d, task = geometry.group, geometry.dim, arrays.tasks[t]
     target = shared.partials[task[TASK_ROW], task[TASK_HEAD]]
     if task[TASK_FAILED] != 0:
         target[:] = FAILED
-        return
-    _merge(parts, lane.run)
-    finish(lane.run, lane.out, lane.lse)
-    for i in range(g):
-        for j in range(d):
-            target[i * d + j] = lane.out[i, j]
-        target[g * d + i] = lane.lse[i]
-    shared.read[task[TASK_ROW], task[TASK_HEAD]] = rows
+    else:
+        _clear(lane.run)
+        _merge(arrays.parts[task[TASK_FIRST] : task[TASK_FIRST] + task[TASK_UNITS]], lane.run)
+        if task[TASK_INDEXED] > 0:
+            _merge(arrays.tails[t : t + 1], lane.run)
+        finish(lane.run, lane.out, lane.lse)
+        for i in range(g):
+            for j in range(d):
+                target[i * d + j] = lane.out[i, j]
+            target[g * d + i] = lane.lse[i]
+        shared.read[task[TASK_ROW], task[TASK_HEAD]] = rows
+        if task[TASK_PROBED] and task[TASK_INDEXED] > 0:
+            shared.chosen[task[TASK_LAYER], task[TASK_HEAD], 0] = task[TASK_COUNT]
+    fence()
+    task[TASK_STATE] = OVER
+    atomic_add(place + LEFT * 8, -1)
+
+
+@jit
+def _last(task: Any, counter: int, of: int) -> bool:
+    """Count one more; whether it is the last one."""
+    return atomic_add(task.ctypes.data + counter * 8, 1) == of - 1
 
 
 @jit
 def _do_unit(arrays: Any, u: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
-    """Search a shard, or attend to a piece of a task without an index; whoever does the last unit of a task chooses its
-    rows, or finishes it."""
+    """Search a shard, or attend to a piece of a task without an index; whoever does the last unit of a task adds up, or
+    finishes it."""
     t = arrays.units[u, UNIT_TASK]
     task = arrays.tasks[t]
     if task[TASK_FAILED] == 0:
@@ -261,40 +273,64 @@ def _do_unit(arrays: Any, u: int, place: int, geometry: Any, shared: Any, lane: 
                 task[TASK_FAILED] = 1
             else:
                 atomic_add(place + ROWS * 8, rows)
-    if atomic_add(task.ctypes.data + TASK_DONE * 8, 1) < task[TASK_UNITS] - 1:
+    first, units, head, g = task[TASK_FIRST], task[TASK_UNITS], task[TASK_HEAD], geometry.group
+    if not _last(task, TASK_DONE, units):
         return
     if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
-        if _choose(arrays, t, geometry, shared, lane):
-            fence()
-            task[TASK_STATE] = CHOSEN
-            return
-        task[TASK_FAILED] = 1
-    parts = arrays.parts[task[TASK_FIRST] : task[TASK_FIRST] + task[TASK_UNITS]]
-    _finish(task, parts, task[TASK_TOKENS], geometry, shared, lane)
-    fence()
-    task[TASK_STATE] = OVER
-    atomic_add(place + LEFT * 8, -1)
+        outside = shared.outside[task[TASK_ROW], head * g : (head + 1) * g]
+        join(_found(arrays, t, first, first + units), units, outside)
+        fence()
+        task[TASK_STATE] = JOINED
+    else:
+        _finish(arrays, t, task[TASK_TOKENS], place, geometry, shared, lane)
 
 
 @jit
-def _do_piece(arrays: Any, t: int, piece: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
-    """Attend to a piece of a task's chosen rows once these are known; whoever does the last one finishes the task."""
-    task = arrays.tasks[t]
-    # All units are taken by now, so somebody is at it, and does not wait for anything.
-    while task[TASK_STATE] == OPEN:
+def _await_state(task: Any, state: int) -> bool:
+    """Wait until a task is that far; whether it is not over yet."""
+    # All units of the step before are taken by now, so somebody is at it, and waits for nothing but steps before that.
+    while task[TASK_STATE] < state:
         sched_yield()
         fence()
-    if task[TASK_STATE] == OVER:
+    return task[TASK_STATE] != OVER
+
+
+@jit
+def _weigh_unit(arrays: Any, u: int, lane: Any) -> None:
+    """Weigh what was found in a unit; whoever weighs the last one of a task finds its tau."""
+    t = arrays.units[u, UNIT_TASK]
+    task = arrays.tasks[t]
+    if not _await_state(task, JOINED):
         return
-    rows = _fold(arrays, t, piece, geometry, shared, lane)
+    weigh(_found(arrays, t, u, u + 1), 0, arrays.taus[t], lane.choice)
+    first, units = task[TASK_FIRST], task[TASK_UNITS]
+    if _last(task, TASK_WEIGHED, units):
+        arrays.raised[t] = raised_tau(_found(arrays, t, first, first + units), units, task[TASK_LIMIT], arrays.taus[t])
+        fence()
+        task[TASK_STATE] = CHOSEN
+
+
+@jit
+def _do_piece(arrays: Any, piece: int, place: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Attend to rows of a task: those beyond its index, or those drawn in a unit; whoever does the last piece finishes
+    the task."""
+    tasks = len(arrays.tasks)
+    beyond = piece < tasks
+    t = piece if beyond else arrays.units[piece - tasks, UNIT_TASK]
+    task = arrays.tasks[t]
+    if not _await_state(task, JOINED if beyond else CHOSEN):
+        return
+    if beyond:
+        rows = _attend_tail(arrays, t, geometry, shared, lane)
+    else:
+        rows = _draw(arrays, piece - tasks, t, geometry, shared, lane)
     if rows < 0:
         task[TASK_FAILED] = 1
     else:
         atomic_add(place + ROWS * 8, rows)
-    if atomic_add(task.ctypes.data + TASK_FOLDED * 8, 1) == FOLDED - 1:
+    if _last(task, TASK_FOLDED, task[TASK_UNITS] + 1):
         read = task[TASK_COUNT] + task[TASK_TOKENS] - task[TASK_INDEXED]
-        _finish(task, arrays.folded[t], read, geometry, shared, lane)
-        atomic_add(place + LEFT * 8, -1)
+        _finish(arrays, t, read, place, geometry, shared, lane)
 
 
 @jit
@@ -317,10 +353,15 @@ def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
             break
         _do_unit(arrays, u, place, geometry, shared, lane)
     while True:
-        number = atomic_add(place + PIECE * 8, 1)
-        if number >= desk[TASKS] * FOLDED:
+        u = atomic_add(place + WEIGH * 8, 1)
+        if u >= desk[UNITS]:
+            break
+        _weigh_unit(arrays, u, lane)
+    while True:
+        piece = atomic_add(place + PIECE * 8, 1)
+        if piece >= desk[TASKS] + desk[UNITS]:
             return
-        _do_piece(arrays, number // FOLDED, number % FOLDED, place, geometry, shared, lane)
+        _do_piece(arrays, piece, place, geometry, shared, lane)
 
 
 @jit
