@@ -66,7 +66,10 @@ class Cases:
 
 def main(out: Path) -> None:
     os.environ["VLLM_RETRIEVAL_CACHE"] = str(out.parent / "reuse-cache")  # a space is learned meanwhile
-    knobs = {"host_memory_gb": 1.6, "resident_tokens": 1024, "rows": 512, "poison_freed": True, "fidelity": 0.0}
+    knobs = {
+        "host_memory_gb": 1.6, "resident_tokens": 1024, "rows": 512, "poison_freed": True, "fidelity": 0.0,
+        "scan": "faiss",
+    }  # fmt: skip
     engine = InProcessEngine(
         str(smollm2()), knobs, max_model_len=8192, max_num_batched_tokens=2048, max_num_seqs=4, block_size=16,
         kv_cache_memory_bytes=600_000_000, enforce_eager=True, seed=0,

@@ -117,8 +117,8 @@ def measure(
             found.append(
                 {
                     "tokens": tokens, "kv_heads": shape[0], "group": shape[1], "dim": shape[2],
-                    "candidates": search.config.candidates, "workers": search.config.workers,
-                    "threads": search.config.threads, "rows": rows, "rows_read": stats[2] // shape[0],
+                    "candidates": search.config.candidates, "scan": search.config.scan,
+                    "workers": search.config.workers, "threads": search.config.threads, "rows": rows, "rows_read": stats[2] // shape[0],
                     "message_ms_p50": round(statistics.median(times), 3),
                     "message_ms_p90": round(sorted(times)[len(times) * 9 // 10], 3),
                     "slowest_lane_ms_p50": round(statistics.median(lanes), 3),
@@ -141,11 +141,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers searched in turn")
     parser.add_argument("--rows", default="512,1024", help="limits on the rows read")
     parser.add_argument("--candidates", type=int, default=RetrievalConfig.model_fields["candidates"].default)
+    parser.add_argument("--scan", choices=("auto", "faiss"), default="auto", help="what scores the codes")
     parser.add_argument("--workers", type=int, help="Ray actors; default: as the product chooses")
     parser.add_argument("--threads", type=int, help="threads of each; default: as the product chooses")
     args = parser.parse_args()
     kv_heads, group, dim = (int(part) for part in args.shape.split(","))
-    knobs = {"candidates": args.candidates, "workers": args.workers, "threads": args.threads}
+    knobs = {"candidates": args.candidates, "scan": args.scan, "workers": args.workers, "threads": args.threads}
     limits = [int(part) for part in args.rows.split(",")]
     tokens = args.tokens // INDEX_BLOCK * INDEX_BLOCK
     measure((kv_heads, group, dim), tokens, args.layers, limits, knobs)

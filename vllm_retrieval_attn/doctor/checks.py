@@ -19,6 +19,7 @@ import psutil
 from vllm_retrieval_attn.core.caches import cache_folder
 from vllm_retrieval_attn.core.config import GB, default_host_memory_gb
 from vllm_retrieval_attn.core.limits import available_cpus, available_memory
+from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.plugin.version import VLLM
 from vllm_retrieval_attn.store.shared_file import promised
 from vllm_retrieval_attn.workers.sync import FUTEX_NUMBER
@@ -64,7 +65,8 @@ def processor() -> Check:
     found = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     if FUTEX_NUMBER < 0 or platform.system() != "Linux":
         return Check("machine", Verdict.STOP, found, "serve on Linux with an x86_64 or aarch64 processor")
-    return Check("machine", Verdict.OK, found)
+    scan = "AVX-512 VNNI" if CAN_SCAN else "Faiss (no AVX-512 VNNI)"
+    return Check("machine", Verdict.OK, f"{found}; codes are scored by {scan}")
 
 
 def packages() -> Check:

@@ -13,6 +13,7 @@ from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
+from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
@@ -156,12 +157,13 @@ class RetrievalWorker:
             self.arena.close()
             raise
         logger.info(
-            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads, ready in %.1f s",
+            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads, %s, ready in %.1f s",
             layout.pages * layout.page_bytes / 1e9,
             config.host_tokens,
             config.bytes_per_token / 1e3,
             layout.actors,
             layout.threads,
+            "codes scored by AVX-512 VNNI" if CAN_SCAN and config.scan == "auto" else "codes scored by Faiss",
             time.monotonic() - begin,
         )
 
