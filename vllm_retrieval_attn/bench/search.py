@@ -118,7 +118,8 @@ def measure(
                 {
                     "tokens": tokens, "kv_heads": shape[0], "group": shape[1], "dim": shape[2],
                     "candidates": search.config.candidates, "scan": search.config.scan,
-                    "workers": search.config.workers, "threads": search.config.threads, "rows": rows, "rows_read": stats[2] // shape[0],
+                    "workers": search.config.workers, "threads": search.config.threads,
+                    "rows": rows, "rows_read": stats[2] // shape[0],
                     "message_ms_p50": round(statistics.median(times), 3),
                     "message_ms_p90": round(sorted(times)[len(times) * 9 // 10], 3),
                     "slowest_lane_ms_p50": round(statistics.median(lanes), 3),
