@@ -208,6 +208,40 @@ def attend_picked(memory: Any, starts: Any, log_pi: Any, n: int, q: Any, run: An
 
 
 @jit
+def clear(run: Any) -> None:
+    """Make a softmax one over nothing."""
+    run.acc[:] = 0.0
+    run.top[:] = -np.inf
+    run.total[:] = 0.0
+
+
+@jit
+def keep(run: Any, part: Any) -> None:
+    """Write a running softmax into a partial result (g, d + 2)."""
+    d = run.acc.shape[1]
+    part[:, :d] = run.acc
+    part[:, d] = run.top
+    part[:, d + 1] = run.total
+
+
+@jit
+def add_parts(parts: Any, run: Any) -> None:
+    """Add partial results (n, g, d + 2), in order, to a running softmax."""
+    n, g, d = len(parts), parts.shape[1], run.acc.shape[1]
+    for u in range(n):
+        part = parts[u]
+        for i in range(g):
+            if part[i, d + 1] == 0.0:
+                continue
+            top = max(run.top[i], part[i, d])
+            old, new = np.exp(run.top[i] - top), np.exp(part[i, d] - top)
+            for j in range(d):
+                run.acc[i, j] = run.acc[i, j] * old + part[i, j] * new
+            run.total[i] = run.total[i] * old + part[i, d + 1] * new
+            run.top[i] = top
+
+
+@jit
 def finish(run: Any, out: Any, lse: Any) -> None:
     """Write what a running softmax comes to: (g, d) output and (g,) natural log-sum-exp; zeros and -inf if empty."""
     g, dim = run.acc.shape

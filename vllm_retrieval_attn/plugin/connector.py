@@ -51,7 +51,8 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        from vllm_retrieval_attn.plugin.worker import RetrievalWorker, with_block_size
+        from vllm_retrieval_attn.plugin.arena_layout import with_block_size
+        from vllm_retrieval_attn.plugin.worker import RetrievalWorker
 
         config = with_block_size(resolved_config(vllm_config), kv_cache_config)
         self._config = config

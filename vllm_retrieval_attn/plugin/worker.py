@@ -6,26 +6,25 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
-from vllm_retrieval_attn.index.rows import DTYPE_CODES
 from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
+from vllm_retrieval_attn.plugin.arena_layout import arena_layout, retrieval_layers, with_block_size
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
 from vllm_retrieval_attn.plugin.metric_names import key
 from vllm_retrieval_attn.plugin.model_space import ModelSpace
+from vllm_retrieval_attn.plugin.poison import poison_left_blocks
 from vllm_retrieval_attn.plugin.prefix_pages import PrefixPages
-from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.plugin.worker_stats import WorkerStats
 from vllm_retrieval_attn.sketch.space import LEARNED
 from vllm_retrieval_attn.store.arena import Arena
-from vllm_retrieval_attn.store.layout import ROW_TOKENS, Layout
+from vllm_retrieval_attn.store.layout import ROW_TOKENS
 from vllm_retrieval_attn.store.space_file import space_path
 from vllm_retrieval_attn.workers.client import RingClient, WorkersLate
 from vllm_retrieval_attn.workers.pool import WorkerPool
@@ -49,23 +48,6 @@ _current: "RetrievalWorker | None" = None
 def current_worker() -> "RetrievalWorker | None":
     """The worker half of this process; None before the KV cache exists (profiling run)."""
     return _current
-
-
-def retrieval_layers(kv_cache_config: "KVCacheConfig") -> dict[str, RetrievalSpec]:
-    """Names and specs of the layers that use our backend, in the model's order."""
-    layers: dict[str, RetrievalSpec] = {}
-    for group in kv_cache_config.kv_cache_groups:
-        if isinstance(group.kv_cache_spec, RetrievalSpec):
-            layers.update((name, group.kv_cache_spec) for name in group.layer_names)
-    return layers
-
-
-def with_block_size(config: "ResolvedConfig", kv_cache_config: "KVCacheConfig") -> "ResolvedConfig":
-    """The knobs with the block size that vLLM settled on for our layers (it may grow in hybrid models)."""
-    specs = list(retrieval_layers(kv_cache_config).values())
-    if not specs:
-        raise ValueError("retrieval: this model has no full-attention layer; serve it without this backend")
-    return config.model_copy(update={"block_size": specs[0].block_size})
 
 
 class RetrievalWorker:
@@ -118,7 +100,7 @@ class RetrievalWorker:
         config = self.config
         layer = vllm_config.compilation_config.static_forward_context[self._names[0]]
         self._warm_up = lambda cache: layer.impl.warm_up(self, cache)
-        dtype, layout = self._layout(vllm_config, layer.num_heads)
+        dtype, layout = arena_layout(vllm_config, config, self._layers, layer.num_heads)
         self._default_options = search_options(config, None)
         self._options: dict[str, SearchOptions] = {}
         rank = self.rank
@@ -165,39 +147,6 @@ class RetrievalWorker:
             layout.threads,
             "codes scored by AVX-512 VNNI" if CAN_SCAN and config.scan == "auto" else "codes scored by Faiss",
             time.monotonic() - begin,
-        )
-
-    def _layout(self, vllm_config: "VllmConfig", heads: int) -> tuple[torch.dtype, Layout]:
-        """The arena's element type and its shapes."""
-        config = self.config
-        specs = set(self._layers.values())
-        if len(specs) != 1:
-            raise ValueError("retrieval: full-attention layers of different shapes are not supported")
-        (spec,) = specs
-        itemsize = torch.empty((), dtype=spec.dtype).element_size()
-        per_token = len(self._layers) * spec.num_kv_heads * 2 * spec.head_size * itemsize
-        if per_token != config.bytes_per_token:
-            raise ValueError(
-                f"retrieval: the model keeps {per_token} bytes a token in {len(self._layers)} layers, "
-                f"{config.bytes_per_token} were expected from its config; this model's layout is not supported"
-            )
-        max_len = vllm_config.model_config.max_model_len
-        return spec.dtype, Layout(
-            layers=len(self._layers),
-            heads=heads,
-            kv_heads=spec.num_kv_heads,
-            dim=spec.head_size,
-            itemsize=itemsize,
-            dtype_code=DTYPE_CODES[str(spec.dtype).removeprefix("torch.")],
-            page_tokens=config.page_tokens,
-            pages=config.arena_pages,
-            max_rows=vllm_config.scheduler_config.max_num_seqs,
-            table_pages=min(config.host_pages, -(-max_len // config.page_tokens)) + 1,
-            actors=config.workers,
-            threads=config.threads,
-            most_limit=config.max_rows,
-            first_head=vllm_config.parallel_config.rank * spec.num_kv_heads,
-            indexed=config.index == "attention",
         )
 
     # ---- a step
@@ -383,7 +332,8 @@ class RetrievalWorker:
                 self.sampler.end()
             self._written = self.cuda.mirrored() if self.cuda is not None else None
         if self.config.poison_freed:
-            self._poison_left_blocks()
+            poison_left_blocks(self._metadata, self.config.split, self._kv_caches)
+            self._metadata.clear()
         self._message = None
 
     def _count_rows(self) -> None:
@@ -395,20 +345,6 @@ class RetrievalWorker:
             self._told.layer({"search": waited / self.arena.layout.layers})
             for request_id, rows in zip(plan.decode_ids, plan.rows_read.tolist(), strict=True):
                 self._read[request_id] = (rows, plan.searches)
-
-    def _poison_left_blocks(self) -> None:
-        """Overwrite the paged blocks that this step's rows will never attend to again."""
-        split = self.config.split
-        for metadata in self._metadata:
-            after = split.window_starts(metadata.computed + metadata.query_lens)
-            for row in range(len(after)):
-                columns = split.sink_end // split.block_size + np.arange(
-                    (after[row] - metadata.windows[row]) // split.block_size
-                )
-                blocks = metadata.resident_table[row][torch.from_numpy(columns)].long()
-                for cache in self._kv_caches.values():
-                    cache[blocks] = float("nan")
-        self._metadata.clear()
 
     # ---- indexes
 

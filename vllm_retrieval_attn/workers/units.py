@@ -15,7 +15,7 @@ import numpy as np
 from vllm_retrieval_attn.index.choosing import Found, draw, join, lift, raised_tau, seed_of, weigh
 from vllm_retrieval_attn.index.elsewhere import attend_picked_from, attend_run_from
 from vllm_retrieval_attn.index.native import pointer_to
-from vllm_retrieval_attn.index.rows import finish, jit, load
+from vllm_retrieval_attn.index.rows import add_parts, clear, finish, jit, keep, load
 from vllm_retrieval_attn.index.search import Place, product, search_shard, shard_keys, threshold, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.workers.desk import (
@@ -145,47 +145,14 @@ def _attend_exactly(task: Any, first: int, last: int, queries: Any, geometry: An
 
 
 @jit
-def _clear(run: Any) -> None:
-    run.acc[:] = 0.0
-    run.top[:] = -np.inf
-    run.total[:] = 0.0
-
-
-@jit
 def _attend_piece(arrays: Any, u: int, t: int, geometry: Any, shared: Any, lane: Any) -> int:
     task = arrays.tasks[t]
     first = arrays.units[u, UNIT_NUMBER] * EXACT_PIECE
     last = min(first + EXACT_PIECE, task[TASK_TOKENS])
-    _clear(lane.run)
+    clear(lane.run)
     count = _attend_exactly(task, first, last, arrays.queries[t], geometry, shared, lane)
-    _keep(lane.run, arrays.parts[u])
+    keep(lane.run, arrays.parts[u])
     return count
-
-
-@jit
-def _keep(run: Any, part: Any) -> None:
-    """Write a running softmax into a partial result (g, d + 2)."""
-    d = run.acc.shape[1]
-    part[:, :d] = run.acc
-    part[:, d] = run.top
-    part[:, d + 1] = run.total
-
-
-@jit
-def _merge(parts: Any, run: Any) -> None:
-    """Add partial results (n, g, d + 2), in order, to a running softmax."""
-    n, g, d = len(parts), parts.shape[1], run.acc.shape[1]
-    for u in range(n):
-        part = parts[u]
-        for i in range(g):
-            if part[i, d + 1] == 0.0:
-                continue
-            top = max(run.top[i], part[i, d])
-            old, new = np.exp(run.top[i] - top), np.exp(part[i, d] - top)
-            for j in range(d):
-                run.acc[i, j] = run.acc[i, j] * old + part[i, j] * new
-            run.total[i] = run.total[i] * old + part[i, d + 1] * new
-            run.top[i] = top
 
 
 @jit
@@ -208,11 +175,11 @@ def _draw(arrays: Any, u: int, t: int, geometry: Any, shared: Any, lane: Any) ->
             return -1
         offset = choice.ids[n] % geometry.page_tokens
         choice.ids[n] = page * geometry.page_elements + task[TASK_BASE] + offset * 2 * geometry.dim
-    _clear(lane.run)
+    clear(lane.run)
     queries = arrays.queries[t]
     if not attend_picked_from(shared.source, choice.ids, choice.log_pi, count, queries, lane.run, lane.work, lane.held):
         return -1
-    _keep(lane.run, arrays.parts[u])
+    keep(lane.run, arrays.parts[u])
     return count
 
 
@@ -220,10 +187,10 @@ def _draw(arrays: Any, u: int, t: int, geometry: Any, shared: Any, lane: Any) ->
 def _attend_tail(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> int:
     """Attend to what lies beyond a task's index; returns how many rows, -1 where they can not be read."""
     task = arrays.tasks[t]
-    _clear(lane.run)
+    clear(lane.run)
     tokens, queries = task[TASK_TOKENS], arrays.queries[t]
     count = _attend_exactly(task, task[TASK_INDEXED], tokens, queries, geometry, shared, lane)
-    _keep(lane.run, arrays.tails[t])
+    keep(lane.run, arrays.tails[t])
     return count
 
 
@@ -235,10 +202,10 @@ def _finish(arrays: Any, t: int, rows: int, place: int, geometry: Any, shared: A
     if task[TASK_FAILED] != 0:
         target[:] = FAILED
     else:
-        _clear(lane.run)
-        _merge(arrays.parts[task[TASK_FIRST] : task[TASK_FIRST] + task[TASK_UNITS]], lane.run)
+        clear(lane.run)
+        add_parts(arrays.parts[task[TASK_FIRST] : task[TASK_FIRST] + task[TASK_UNITS]], lane.run)
         if task[TASK_INDEXED] > 0:
-            _merge(arrays.tails[t : t + 1], lane.run)
+            add_parts(arrays.tails[t : t + 1], lane.run)
         finish(lane.run, lane.out, lane.lse)
         for i in range(g):
             for j in range(d):
