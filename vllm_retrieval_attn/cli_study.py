@@ -57,7 +57,7 @@ def index_study(
     kinds: Annotated[str, typer.Option(help="Kinds of index.")] = "flat,ivf,hnsw,roar,attention",
     budgets: Annotated[str, typer.Option(help="Shares of keys that kinds to compare with score.")] = "0.02,0.1,0.2,0.4",
     rows: Annotated[str, typer.Option(help="Rows that `attention` reads.")] = "128,256,512,1024",
-    candidates: Annotated[int, typer.Option(help="Candidates of `attention` by Faiss.", min=64)] = 4096,
+    candidates: Annotated[int, typer.Option(help="Candidates of `attention` (`via` faiss).", min=64)] = 4096,
     learned: Annotated[bool, typer.Option(help="The learned space, or the constant rotation.")] = True,
     queries: Annotated[str, typer.Option(help="decode, or keys (in distribution).")] = "decode",
     most: Annotated[int, typer.Option(help="Test queries of each head.", min=1)] = 32,

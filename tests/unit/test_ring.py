@@ -267,6 +267,24 @@ def test_a_probed_row_that_asks_for_more_than_there_is_room_for_fails_alone(ring
     assert ring.failed.tolist() == []
 
 
+def test_a_row_of_no_numbers_changes_no_other(rings):
+    """Weights that are no numbers stay in the histograms of their own shards."""
+    ring = rings(make_layout("bfloat16", kv_heads=2, group=3, threads=2, **LONG), "bfloat16")
+    ring.start_all()
+    message, _ = ring.fill(0, [9000, 3000, 9000], 3, [8960, 2048, 8960])
+    calm = ring.ask(0, message)
+    queries = ring.queries[1].clone()
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        ring.queries[1] = broken
+        found = ring.ask(0, message)
+        for one, two in zip(calm, found, strict=True):
+            assert torch.equal(one[0], two[0])
+            assert torch.equal(one[2], two[2])
+    ring.queries[1] = queries
+    for one, two in zip(calm, ring.ask(0, message), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_indexes_stay_while_their_message_is_open_and_go_when_it_is_over(rings):
     ring = rings(make_layout(kv_heads=2, group=2, **LONG))
     message, _ = ring.fill(0, [3000], 3, [2048])

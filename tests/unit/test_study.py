@@ -13,6 +13,7 @@ from vllm_retrieval_attn.baselines.registry import KINDS
 from vllm_retrieval_attn.bench.capture_file import load
 from vllm_retrieval_attn.bench.study import Row, study, summary
 from vllm_retrieval_attn.cli import app
+from vllm_retrieval_attn.index.scan import CAN_SCAN
 
 CAPTURE = Path(__file__).parent.parent / "data/smollm2.npz"
 ROWS = [64, 128, 256, 512, 1024]
@@ -77,6 +78,13 @@ def test_candidates_of_faiss_do_nearly_as_well_as_all_codes(lines, rows):
     assert faiss != sketch
 
 
+@pytest.mark.skipif(not CAN_SCAN, reason="the processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("rows", [64, 256])
+def test_products_of_whole_numbers_do_as_well_as_faiss(lines, rows):
+    vnni, faiss = (lines["attention", via, rows]["output_error"] for via in ("vnni", "faiss"))
+    assert vnni == pytest.approx(faiss, rel=0.1)
+
+
 def test_attention_has_the_least_error_and_reads_the_least(lines):
     for via in ("sketch", "faiss"):
         mine = lines["attention", via, 256]
@@ -113,12 +121,13 @@ def test_the_command_writes_rows_and_a_plot(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     places = [("flat", "", None), ("ivf", "", 0.2)]
-    places += [("attention", via, rows) for via in ("sketch", "faiss") for rows in (64, 256)]
+    vias = ("sketch", "faiss", "vnni") if CAN_SCAN else ("sketch", "faiss")
+    places += [("attention", via, rows) for via in vias for rows in (64, 256)]
     assert [(row["kind"], row["via"], row["budget"]) for row in found] == 4 * places
     assert all(set(row) == {field.name for field in fields(Row)} for row in found)
     assert all(row["us_per_query"] > 0 and row["build_ms_per_1k"] > 0 for row in found)
     assert png.read_bytes().startswith(b"\x89PNG")
-    for name in ("flat", "ivf", "attention sketch", "attention faiss"):
+    for name in ("flat", "ivf", *(f"attention {via}" for via in vias)):
         assert name in result.output
 
 

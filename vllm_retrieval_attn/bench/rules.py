@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule that the product chooses rows by (sketch/sampling.py), on one captured KV head.
 
-Over all codes, or as the CPU workers do it, among what Faiss finds.
+Over all codes, or as the CPU workers do it, among the candidates of a search.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class Rule(ABC):
         head: the capture. space: see :func:`space_of`.
     """
 
-    via: ClassVar[str]
+    via: str
 
     def __init__(self, head: Head, space: Space) -> None:
         self._space = space
@@ -77,17 +77,16 @@ class SketchRule(Rule):
         return choose_plainly(weights_of(scores, outside), limits, seed_of(0, position, 0, 0))
 
 
-class FaissRule(Rule):
+class CandidatesRule(Rule):
     """As served on the CPU: the best candidates of every shard, the rest as one class; a remainder is read exactly."""
 
-    via = "faiss"
-
-    def __init__(self, head: Head, space: Space, candidates: int) -> None:
+    def __init__(self, head: Head, space: Space, candidates: int, by_faiss: bool) -> None:
         super().__init__(head, space)
+        self.via = "faiss" if by_faiss else "vnni"
         n = len(self.keys)
         self._covered = n // INDEX_BLOCK * INDEX_BLOCK if n >= INDEX_LEAST else 0
         self._candidates = candidates
-        self._index = HeadIndex(space)
+        self._index = HeadIndex(space, by_faiss)
         group = head.q.shape[0]
         if self._covered:
             self._index.append(self.keys[: self._covered])

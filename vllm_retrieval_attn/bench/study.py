@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from vllm_retrieval_attn.baselines.registry import KINDS, make_index
 from vllm_retrieval_attn.bench.capture_file import Head
-from vllm_retrieval_attn.bench.rules import FaissRule, Rule, SketchRule, space_of
+from vllm_retrieval_attn.bench.rules import CandidatesRule, Rule, SketchRule, space_of
+from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.sketch.sampling import Limits, attend
 from vllm_retrieval_attn.sketch.space import Floats
 
@@ -31,8 +32,8 @@ class Row:
     """One KV head, kind and budget; means over its query heads and decode queries unless named otherwise.
 
     Attributes:
-        kind: ``attention`` or a kind of baselines/. via: of ``attention``, ``sketch`` (sampled over all codes) or
-            ``faiss`` (as served on the CPU); empty for others.
+        kind: ``attention`` or a kind of baselines/. via: of ``attention``, ``sketch`` (sampled over all codes),
+            ``faiss`` (as CPU workers do) or ``vnni`` (as they do where the processor can); empty for others.
         budget: share of keys that may be scored, or for ``attention`` the rows asked for; None: all.
         recall_mean: recall@100 of the keys attended to exactly. recall_p10: its 10th percentile over query heads.
         mass: share of the attention to indexed keys that falls on them.
@@ -148,7 +149,13 @@ def _study_rules(
 ) -> Iterator[Row]:
     head, group = case.head, case.q.shape[1]
     space = space_of(head, learned)
-    for make in (lambda: SketchRule(head, space), lambda: FaissRule(head, space, candidates)):
+    ways: list[Callable[[], Rule]] = [
+        lambda: SketchRule(head, space),
+        lambda: CandidatesRule(head, space, candidates, by_faiss=True),
+    ]
+    if CAN_SCAN:
+        ways.append(lambda: CandidatesRule(head, space, candidates, by_faiss=False))
+    for make in ways:
         begin = time.perf_counter()
         rule: Rule = make()
         build_ms = (time.perf_counter() - begin) * 1e3 / (case.n / 1000)

@@ -76,8 +76,8 @@ class RetrievalConfig(BaseModel):
     less a reserve for the rest of the machine."""
     sketch_gb: float | None = Field(None, ge=0)
     """GPU memory of each rank for 4-bit codes of all host keys, in 10^9 bytes; what they hold is chosen and read by the
-    GPU in a CUDA graph, other requests are searched by Faiss. Default: what ``host_memory_gb`` needs, at most 0.4 of
-    what the weights leave; 0: none. On a GPU alone."""
+    GPU in a CUDA graph, other requests are searched by the CPU workers. Default: what ``host_memory_gb`` needs, at most
+    0.4 of what the weights leave; 0: none. On a GPU alone."""
     workers: int | None = Field(None, ge=1)
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
     threads: int | None = Field(None, ge=1, le=MOST_THREADS)

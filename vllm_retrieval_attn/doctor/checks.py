@@ -65,8 +65,7 @@ def processor() -> Check:
     found = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     if FUTEX_NUMBER < 0 or platform.system() != "Linux":
         return Check("machine", Verdict.STOP, found, "serve on Linux with an x86_64 or aarch64 processor")
-    scan = "AVX-512 VNNI" if CAN_SCAN else "Faiss (no AVX-512 VNNI)"
-    return Check("machine", Verdict.OK, f"{found}; codes are scored by {scan}")
+    return Check("machine", Verdict.OK, f"{found}, {'with' if CAN_SCAN else 'without'} AVX-512 VNNI")
 
 
 def packages() -> Check:

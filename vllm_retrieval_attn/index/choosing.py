@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing rows from Faiss's candidates: sketch/sampling.py's rule in Numba, where most keys have one weight.
+"""Choosing rows among the candidates of a search: sketch/sampling.py's rule in Numba, where most keys have one weight.
 
 Of each shard (index/shard.py) the keys that score above a threshold for a query head have an estimated score; all
 others are taken to weigh REST of what a key at the threshold does. So all keys that are no candidate of any head weigh
@@ -24,7 +24,7 @@ REST = np.float32(0.3)
 """Weight of a key that is no candidate, as a share of a key's at the threshold: better than 0.1 and 0.6
 (docs/index-study.md)."""
 BINS = 0x41800000 >> BIN_SHIFT
-"""Bins of weights below 16; a weight is no more than the query heads of a KV head, at most 12."""
+"""Bins of weights up to 16; the last one takes all above. A weight is at most the query heads of a KV head."""
 WORD = 64
 """Keys of a word of marks; shards begin with a word."""
 
@@ -154,10 +154,10 @@ def join(found: Any, shards: int, outside: Any) -> None:
 
 @jit
 def _bin(weight: Any, word: Any) -> Any:
-    """Number of a weight's bin; ``word``: (1,) float32 scratch."""
+    """Number of a weight's bin; ``word``: (1,) float32 scratch. What is no number, as where a request's keys are none,
+    must not leave the histogram of its shard either."""
     word[0] = weight
-    number: Any = np.int64(word.view(np.uint32)[0] >> np.uint32(BIN_SHIFT))
-    return number
+    return min(np.int64(word.view(np.uint32)[0] >> np.uint32(BIN_SHIFT)), BINS - 1)
 
 
 @jit

@@ -16,21 +16,23 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import types
+from numba.core import codegen, config
 from numba.extending import intrinsic
 
 from vllm_retrieval_attn.index.llvm import I8, I16, I32, I64, broadcast, call, function, load, loop, number
 from vllm_retrieval_attn.index.packing import ORDER, STEP
 from vllm_retrieval_attn.index.rows import jit
 
-CAN_SCAN = all(llvm.get_host_cpu_features().get(name) for name in ("avx512f", "avx512bw", "avx512vnni"))
-"""Whether this processor can do it."""
+_FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else codegen.get_host_cpu_features()
+CAN_SCAN = all(f"+{name}" in _FEATURES.split(",") for name in ("avx512f", "avx512bw", "avx512vnni"))
+"""Whether this processor can do it, and Numba is let use it (``NUMBA_CPU_FEATURES``, ``NUMBA_ENABLE_AVX``)."""
 HEADS = 4
 """Queries that are scored at a time: as many as share the codes in registers."""
 LANES = 16
 _AHEAD = 4096
 """Bytes of codes fetched ahead, two blocks of 128 dimensions: 1,024 and 2,048 take a quarter longer."""
 _MOST_SUM = 1 << 30
-"""No sum of products comes near: 255 dimensions of 15 times 127 are half a million."""
+"""No sum of products comes near: 256 dimensions of 15 times 127 are half a million."""
 _BYTES, _SUMS = ir.VectorType(I8, 64), ir.VectorType(I32, LANES)
 
 llvm.initialize_native_asmparser()  # for the one instruction below; LLVM changes its own name for it now and then

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SHARES = 4
 """Requests that share pages have so many times as many of them together as there are. Scores of a step take 64 bytes of
-GPU memory a token; where it is not enough, a request is searched by Faiss."""
+GPU memory a token; where it is not enough, a request is searched by the CPU workers."""
 
 logger = logging.getLogger("vllm.retrieval")
 

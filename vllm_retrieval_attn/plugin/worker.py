@@ -139,13 +139,13 @@ class RetrievalWorker:
             self.arena.close()
             raise
         logger.info(
-            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads, %s, ready in %.1f s",
+            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads%s, ready in %.1f s",
             layout.pages * layout.page_bytes / 1e9,
             config.host_tokens,
             config.bytes_per_token / 1e3,
             layout.actors,
             layout.threads,
-            "codes scored by AVX-512 VNNI" if CAN_SCAN and config.scan == "auto" else "codes scored by Faiss",
+            f", codes scored by {'AVX-512 VNNI' if CAN_SCAN and config.scan == 'auto' else 'Faiss'}" * layout.indexed,
             time.monotonic() - begin,
         )
 
@@ -350,7 +350,12 @@ class RetrievalWorker:
 
     def _allow_indexing(self) -> None:
         """Let indexes grow over what has arrived in the arena: all that was written before a step, once the copies
-        that the step before it ordered are done."""
+        that the step before it ordered are done.
+
+        Not while CPU workers are still at a message that nobody waits for any more: they would search an index that
+        is being extended."""
+        if not (self.client.idle() or self.pool.gave_up):
+            return
         while self._growth and (self._growth[0][0] is None or self._growth[0][0].query()):
             for store, tokens in self._growth.pop(0)[1]:
                 if self.arena.requests.get(store.request_id) is store:

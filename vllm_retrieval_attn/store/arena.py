@@ -182,7 +182,7 @@ class Arena:
         return False
 
     def _lose_codes(self, store: RequestStore) -> None:
-        """A request's host tokens are searched by Faiss from now on."""
+        """A request's host tokens are searched by the CPU workers from now on."""
         assert self.codes is not None
         self._coded -= len(store.codes)
         self.codes.release(store.codes)

@@ -259,6 +259,7 @@ def _await_state(task: Any, state: int) -> bool:
     while task[TASK_STATE] < state:
         sched_yield()
         fence()
+    fence()  # what the state promises is read after it, on aarch64 too
     return task[TASK_STATE] != OVER
 
 
