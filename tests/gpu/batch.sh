@@ -8,7 +8,8 @@
 #   timeline   the picture of one layer                                                                        needs no vLLM
 #   ours full fp8        rows "step 1K, 128K", TTFT, GPU bytes of ours, FLASH_ATTN, FLASH_ATTN with fp8 KV
 #   fill       rows "step 512K"; batch     row "tokens/s, batch 6" (needs 128 GiB of memory)
-#   faiss      row "sketch_gb: 0"
+#   search     a layer's search by CPU workers, by AVX-512 VNNI and by Faiss (bench.search)
+#   faiss      row "sketch_gb: 0";  quality-faiss     planted numbers with it
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
@@ -33,10 +34,10 @@ run() {  # a stage's command: the log keeps all of it, the terminal what matters
 cli() { run python3 -c 'from vllm_retrieval_attn.cli import app; app()' "$@"; }
 graphs() { echo "\"gpu_memory_utilization\":0.9,\"compilation_config\":{\"cudagraph_capture_sizes\":[$1]}"; }
 decode() { cli bench decode "$@"; }
-evaluate() {  # tasks, max_num_seqs
-  cli eval --model "$MODEL" --modes full,attention --lengths 64000 --score-tokens 96 --tasks "$1" --json "$OUT/eval-$2.json" --options \
+evaluate() {  # tasks, max_num_seqs, more knobs
+  cli eval --model "$MODEL" --modes full,attention --lengths 64000 --score-tokens 96 --tasks "$1" --json "$OUT/eval-$2${3:+-more}.json" --options \
     "{\"gpu_memory_utilization\":0.6,\"max_num_seqs\":$2,\"max_num_batched_tokens\":8192,\"dtype\":\"float16\",\"max_model_len\":65536,
-      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24}}"
+      \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24${3:-}}}"
 }
 for stage in "$@"; do
   case $stage in
@@ -60,10 +61,14 @@ for stage in "$@"; do
   fp8) decode --ways full-fp8 --contexts 131072 --batches 1,3,6 --tokens 60 --options "{$(graphs 1,2,3,6)}" ;;
   fill) decode --ways sketch --fill --contexts 131072,524288 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":84}}" ;;
   batch) decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens 60 --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
+  search)
+    for scan in auto faiss; do run python3 -m vllm_retrieval_attn.bench.search --scan $scan --rows 512,1024; done
+    run python3 -m vllm_retrieval_attn.bench.search --threads 8 --rows 512 ;;
   faiss) decode --ways faiss --contexts 131072 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":24}}" ;;
   reuse) cli bench reuse --json "$OUT/reuse.json" --options "{$(graphs 1,2,4,8),\"retrieval\":{\"host_memory_gb\":60}}" ;;
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
+  quality-faiss) evaluate "${TASKS:-crowd:16}" 2 ',"sketch_gb":0' ;;
   watch) cli bench watch --tokenizer "$MODEL" --json "$OUT/watch.json" --serve "--gpu-memory-utilization 0.45" ;;
   triton) run python3 -m pytest -p no:cacheprovider tests/gpu/test_kernels.py ;;
   features) run python3 -m pytest -p no:cacheprovider tests/gpu/test_lora_engine.py tests/gpu/test_graph_features.py ;;
