@@ -33,37 +33,59 @@ def prompts(long: int) -> list[list[int]]:
     return [[rng.randrange(3, 500) for _ in range(length)] for length in lengths]
 
 
-def kill(pid: int, number: signal.Signals) -> None:
+def tell(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         if pid:  # 0 would be all of us
             os.kill(pid, number)
 
 
 @contextlib.contextmanager
-def disturbed(pool: Any, how: str) -> Iterator[None]:
-    """What happens to the CPU worker meanwhile: it runs for a fifth of the time, stands still now and then, for less
-    than anybody waits or for more, or is killed."""
+def halting(pool: Any, how: str) -> Iterator[None]:
+    """The CPU worker runs for a fifth of the time meanwhile, or stands still now and then, for less than anybody
+    waits."""
     over, rng = threading.Event(), random.Random(5)
 
-    def disturb() -> None:
-        while not over.wait({"slow": 0.005, "delayed": 0.2, "stopped": 0.5, "killed": 0.5}[how]):
+    def halt() -> None:
+        while not over.wait({"slow": 0.005, "delayed": 0.2}[how]):
             pid = pool.pids()[0]
-            if how == "killed":
-                kill(pid, signal.SIGKILL)
-                over.wait(4)
-                pool._recent.clear()  # else there would be too many within a minute
-                continue
-            kill(pid, signal.SIGSTOP)
-            time.sleep({"slow": 0.02, "delayed": rng.uniform(0.05, 0.3), "stopped": 2 * TIMEOUT_S}[how])
-            kill(pid, signal.SIGCONT)
+            tell(pid, signal.SIGSTOP)
+            time.sleep({"slow": 0.02, "delayed": rng.uniform(0.05, 0.3)}[how])
+            tell(pid, signal.SIGCONT)
 
-    thread = threading.Thread(target=disturb)
+    thread = threading.Thread(target=halt)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def losing(engine: InProcessEngine, how: str) -> Iterator[None]:
+    """The CPU worker is killed, or stopped for longer than anybody waits, when answers have three tokens."""
+    plain, pool = engine.steps, engine.worker().pool
+    later: list[threading.Timer] = []
+
+    def lose() -> None:
+        pid = pool.pids()[0]
+        tell(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        later.append(threading.Timer(2 * TIMEOUT_S, tell, (pid, signal.SIGCONT)))
+        later[0].start()
+
+    def steps() -> Iterator[list[Any]]:
+        for outputs in plain():
+            if not later and any(len(output.outputs[0].token_ids) >= 3 for output in outputs):
+                lose()
+            yield outputs
+
+    engine.steps = steps  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.steps = plain  # type: ignore[method-assign]
+        for timer in later:
+            timer.join()
 
 
 def answers(model: Path, way: str) -> dict[str, Any]:
@@ -93,7 +115,7 @@ def answers(model: Path, way: str) -> dict[str, Any]:
         pool = engine.worker().pool
         found["calm"] = run(asked, 40)
         for how in ("slow", "delayed", "stopped", "killed"):
-            with disturbed(pool, how):
+            with halting(pool, how) if how in ("slow", "delayed") else losing(engine, how):
                 found[how] = run(asked, 40)
             deadline = time.monotonic() + 60
             while not (pool.alive() and engine.worker().client.idle()):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wheel and sdist: built, installed into an empty environment, and used from there without the repository."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command, cwd, **more):
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **more)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name this repository
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
