@@ -79,11 +79,11 @@ def losing(engine: InProcessEngine, how: str) -> Iterator[None]:
                 lose()
             yield outputs
 
-    engine.steps = steps  # type: ignore[method-assign]
+    engine.steps = steps
     try:
         yield
     finally:
-        engine.steps = plain  # type: ignore[method-assign]
+        engine.steps = plain
         for timer in later:
             timer.join()
 

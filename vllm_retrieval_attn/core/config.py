@@ -60,7 +60,7 @@ class RetrievalConfig(BaseModel):
     class."""
     scan: Literal["auto", "faiss"] = "auto"
     """What scores codes on the CPU. ``faiss``: Faiss's search. ``auto``: where the processor has AVX-512 VNNI, a loop
-    for it over the same codes, which takes about a quarter of the time; Faiss's search elsewhere."""
+    for it over the same codes, with which a search takes less than half of the time; Faiss's search elsewhere."""
     max_rows: int = Field(4096, ge=1, le=MOST_ROWS)
     """Most ``retrieval_rows`` that a request may ask for."""
     min_tau: float = Field(1e-5, gt=0, le=1)

@@ -90,6 +90,13 @@ def pointer_to(typingctx: Any, address: Any) -> Any:
 
 
 @jit
+def best_of(values: Any, most: int) -> Any:
+    """The least of the best ``most`` values, and how many of those that are alike are among them."""
+    order = np.sort(values)[len(values) - most :]
+    return order[0], most - np.sum(order > order[0])
+
+
+@jit
 def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, ids: Any, starts: Any) -> None:
     """All keys that score 0 and more for each query, in the order of the keys; the best ``most`` where there are more.
 
@@ -110,8 +117,7 @@ def search_above(native: Any, index: int, queries: Any, most: int, scores: Any, 
         first, last = limits[i], limits[i + 1]
         least, ties = np.float32(-np.inf), 0
         if last - first > most:
-            order = np.sort(found[first:last])[last - first - most :]
-            least, ties = order[0], most - np.sum(order > order[0])
+            least, ties = best_of(found[first:last], most)
         for c in range(first, last):
             if found[c] == least:
                 ties -= 1

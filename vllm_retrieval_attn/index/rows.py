@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_retrieval_attn.core.caches import keep_compiled
+from vllm_retrieval_attn.index.llvm import fetch
 from vllm_retrieval_attn.index.vector import add_values, dots, exponentials, soften, widen
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -88,11 +89,7 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, args[0])
         pointer = builder.bitcast(builder.gep(view.data, [args[1]]), ir.IntType(8).as_pointer())
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
-        name = "llvm.prefetch.p0i8"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [pointer, ir.Constant(word, 0), ir.Constant(word, 3), ir.Constant(word, 1)])
+        fetch(builder, pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen

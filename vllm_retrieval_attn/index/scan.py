@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """All codes of a shard against the queries of a group, for processors with AVX-512 VNNI.
 
-What Faiss's range search does (index/native.py), over the same bytes, in a quarter of its time. Faiss looks up every
+What Faiss's range search does (index/native.py), over the same bytes, in much less time. Faiss looks up every
 dimension of every key in tables; the levels are uniform here, so a score is an inner product of small integers, which
 ``vpdpbusd`` adds up four dimensions at a time. And it is fetched ahead what comes next: codes of all layers are more
-than a cache holds, and Faiss waits for them. Measured in docs/benchmarks.md (2026-11-27).
+than a cache holds, and Faiss waits for them. `bench.search --scan` compares them (docs/benchmarks.md, 2026-11-27).
 
 Queries are rounded to 8 bits, 127 for a query's largest coordinate. Sums are exact.
 """
@@ -19,7 +19,8 @@ from numba import types
 from numba.core import codegen, config
 from numba.extending import intrinsic
 
-from vllm_retrieval_attn.index.llvm import I8, I16, I32, I64, broadcast, call, function, load, loop, number
+from vllm_retrieval_attn.index.llvm import I8, I16, I32, I64, broadcast, call, fetch, function, load, loop, number
+from vllm_retrieval_attn.index.native import best_of
 from vllm_retrieval_attn.index.packing import ORDER, STEP
 from vllm_retrieval_attn.index.rows import jit
 
@@ -30,7 +31,7 @@ HEADS = 4
 """Queries that are scored at a time: as many as share the codes in registers."""
 LANES = 16
 _AHEAD = 4096
-"""Bytes of codes fetched ahead, two blocks of 128 dimensions: 1,024 and 2,048 take a quarter longer."""
+"""Bytes of codes fetched ahead, two blocks of 128 dimensions."""
 _MOST_SUM = 1 << 30
 """No sum of products comes near: 256 dimensions of 15 times 127 are half a million."""
 _BYTES, _SUMS = ir.VectorType(I8, 64), ir.VectorType(I32, LANES)
@@ -54,9 +55,7 @@ def _write_scan(heads: int) -> Any:
 
         def add(base: Any, step: Any, sums: list[Any]) -> list[Any]:
             at = builder.add(base, builder.mul(step, number(64)))
-            ahead = builder.inttoptr(builder.add(at, number(_AHEAD)), I8.as_pointer())
-            hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to be read, again, data
-            call(builder, "llvm.prefetch.p0i8", ahead, *hints, result=ir.VoidType())
+            fetch(builder, builder.inttoptr(builder.add(at, number(_AHEAD)), I8.as_pointer()))
             mixed = builder.shuffle_vector(load(builder, at, _BYTES, 1), undefined, by_key)
             halves = (
                 builder.bitcast(builder.and_(mixed, ir.Constant(_BYTES, [15] * 64)), _SUMS),
@@ -153,7 +152,8 @@ def scan_scratch(dim: int, keys: int) -> ScanScratch:
 
 @jit
 def _rounded(scaled: Any, query: Any) -> Any:
-    """Round a query (d + 1,) to int8; returns its unit and the sum that reaches a score of 0."""
+    """Round a query, the first d of ``scaled`` (d + 1,), into ``query`` (d,) int8; returns its unit, its centre
+    (ScanScratch), and the sum that reaches a score of 0."""
     dim = len(query)
     largest = np.float32(0.0)
     for j in range(dim):
@@ -170,9 +170,7 @@ def _rounded(scaled: Any, query: Any) -> Any:
 @jit
 def _keep_best(found: Any, sums: Any, count: int, most: int) -> int:
     """Leave the ``most`` best of ``count`` keys and their sums, in their order; of those that are alike the first."""
-    order = np.sort(sums[:count])[count - most :]
-    least = order[0]
-    ties = most - np.sum(order > least)
+    least, ties = best_of(sums[:count], most)
     at = 0
     for c in range(count):
         if sums[c] == least:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_retrieval_attn.index.rows import DTYPE_CODES
+from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.plugin.spec import RetrievalSpec
 from vllm_retrieval_attn.store.layout import Layout
 
@@ -72,4 +73,14 @@ def arena_layout(
         most_limit=config.max_rows,
         first_head=vllm_config.parallel_config.rank * spec.num_kv_heads,
         indexed=config.index == "attention",
+    )
+
+
+def summary(config: "ResolvedConfig", layout: Layout) -> str:
+    """Arena and workers in a few words, for the log."""
+    scored = f", codes scored by {'AVX-512 VNNI' if CAN_SCAN and config.scan == 'auto' else 'Faiss'}"
+    return (
+        f"{layout.pages * layout.page_bytes / 1e9:.1f} GB ({config.host_tokens} tokens, "
+        f"{config.bytes_per_token / 1e3:.1f} KB each), {layout.actors} workers x {layout.threads} threads"
+        f"{scored if layout.indexed else ''}"
     )

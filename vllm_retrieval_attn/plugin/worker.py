@@ -11,9 +11,8 @@ import torch
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
-from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
-from vllm_retrieval_attn.plugin.arena_layout import arena_layout, retrieval_layers, with_block_size
+from vllm_retrieval_attn.plugin.arena_layout import arena_layout, retrieval_layers, summary, with_block_size
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
 from vllm_retrieval_attn.plugin.messages import StepMessage, WorkerReport
@@ -138,16 +137,7 @@ class RetrievalWorker:
         except BaseException:
             self.arena.close()
             raise
-        logger.info(
-            "retrieval: host arena of %.1f GB (%d tokens, %.1f KB each), %d workers x %d threads%s, ready in %.1f s",
-            layout.pages * layout.page_bytes / 1e9,
-            config.host_tokens,
-            config.bytes_per_token / 1e3,
-            layout.actors,
-            layout.threads,
-            f", codes scored by {'AVX-512 VNNI' if CAN_SCAN and config.scan == 'auto' else 'Faiss'}" * layout.indexed,
-            time.monotonic() - begin,
-        )
+        logger.info("retrieval: host arena of %s, ready in %.1f s", summary(config, layout), time.monotonic() - begin)
 
     # ---- a step
 
