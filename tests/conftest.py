@@ -4,10 +4,17 @@
 import os
 from pathlib import Path
 
+from hypothesis import settings
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before vLLM is imported: engines in this process
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # other engines run beside: tests/engines.py
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+# Engines of other tests run beside: how long an example takes says nothing. And who changes one thing is not to be told
+# of a rare example of another.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -42,8 +42,8 @@ _several = threading.Lock()
 """Held by who waits for more than one core: two that have one each would wait for ever."""
 
 
-def run(item: EngineRun, cores: "Queue[int]") -> Any:
-    with _several:
+def run(item: EngineRun, cores: "Queue[int]", several: threading.Lock = _several) -> Any:
+    with several:
         taken = [cores.get() for _ in range(item.cores)]
     try:
         process = _Popen(

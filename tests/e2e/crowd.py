@@ -18,7 +18,7 @@ from tests.e2e.families import KNOBS, make_model, make_starts_fast
 from vllm_retrieval_attn.bench.engine import InProcessEngine
 
 SHORT, LONG, NEW = 200, (1, 16), 8
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0
 WAYS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "full": ("CPU_ATTN", None),
     "flat": ("retrieval", {**KNOBS, "index": "flat", "answer_timeout_s": TIMEOUT_S}),
@@ -117,7 +117,7 @@ def answers(model: Path, way: str) -> dict[str, Any]:
         for how in ("slow", "delayed", "stopped", "killed"):
             with halting(pool, how) if how in ("slow", "delayed") else losing(engine, how):
                 found[how] = run(asked, 40)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not (pool.alive() and engine.worker().client.idle()):
                 assert time.monotonic() < deadline, f"workers are not back: {how}"
                 time.sleep(0.05)
@@ -131,6 +131,7 @@ def main(out: Path) -> None:
     make_starts_fast()
     model = make_model("llama 3.1", out.with_suffix(""))
     out.write_text(json.dumps({way: answers(model, way) for way in WAYS}))
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flat` gives the greedy tokens of vLLM's own CPU backend, in float32."""
+"""`flat` gives the greedy tokens of vLLM's own CPU backend, in float32, but for ties."""
 
 import pytest
 
+from tests.e2e.test_families import TOLERANCE, gap
 from tests.engines import EngineRun
 
 
@@ -24,6 +25,8 @@ def full_attention(engine_run):
 @pytest.mark.parametrize("chunk", ["256", "2048"])
 def test_eight_at_once_and_alone(full_attention, engine_run, chunk):
     got = engine_run(f"parity retrieval {chunk}")
-    assert got["together"] == full_attention
-    assert got["alone"] == full_attention[: len(got["alone"])]
-    assert len(got["alone"]) >= 3
+    assert len(got["together"]["tokens"]) == len(full_attention["tokens"]) == 8
+    assert len(got["alone"]["tokens"]) >= 3
+    for way in got.values():
+        gaps = [gap(way, full_attention, number) for number in range(len(way["tokens"]))]
+        assert max(gaps) < TOLERANCE, gaps

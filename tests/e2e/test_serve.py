@@ -37,6 +37,7 @@ class Server:
         # The program must not see this test process's own setting.
         environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment |= {"VLLM_PLUGINS": "retrieval", "RETRIEVAL_VIEW_KEY": "view", "RETRIEVAL_ADMIN_KEY": "admin"}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two threads would wait busily for each other
         self.process = subprocess.Popen(
             [
                 *(vllm, "serve", str(smollm2()), "--attention-backend", "Retrieval", "--additional-config", knobs),
@@ -55,7 +56,7 @@ class Server:
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
         self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=600
         )
 
 
@@ -98,7 +99,7 @@ def test_an_example_runs(program, arguments, says, server, tmp_path):
     text.write_text("Attention sinks are the first tokens. The window is what came last. " * 80)
     command = [sys.executable, str(ROOT / "examples" / program), str(text), *arguments, "--max-tokens", "4"]
     command += ["--url", f"http://127.0.0.1:{server.port}/v1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(says, done.stdout), done.stdout
 
@@ -108,14 +109,20 @@ def family(server):
 
 
 def test_host_memory_is_private_and_has_no_name(server):
-    links = {link for one in family(server) for link in Path(f"/proc/{one.pid}/fd").iterdir()}
-    arenas = [link for link in links if os.readlink(link).startswith("/memfd:vllm-retrieval-r0")]
-    assert arenas
-    assert all(link.stat().st_mode & 0o777 == 0o600 for link in arenas)
+    modes = []
+    for one in family(server):
+        with contextlib.suppress(FileNotFoundError):  # processes and files come and go
+            for link in Path(f"/proc/{one.pid}/fd").iterdir():
+                if os.readlink(link).startswith("/memfd:vllm-retrieval-r0"):
+                    modes.append(link.stat().st_mode & 0o777)
+    assert set(modes) == {0o600}
 
 
 def test_ray_listens_on_loopback_alone_and_wants_a_token(server):
-    names = {one.pid: one.name() for one in family(server)}
+    names = {}
+    for one in family(server):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names[one.pid] = one.name()
     rays = {pid: name for pid, name in names.items() if name in ("gcs_server", "raylet") or name.startswith("ray::")}
     listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid in rays]
     assert {rays[one.pid] for one in listening} >= {"gcs_server", "raylet"}
@@ -124,7 +131,7 @@ def test_ray_listens_on_loopback_alone_and_wants_a_token(server):
     (port,) = (one.laddr.port for one in listening if one.pid == gcs)
     code = f"from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:{port}')"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode
     assert "InvalidAuthToken" in done.stderr
 
@@ -173,12 +180,12 @@ def scraped(server):
     return found
 
 
-def scraped_until(server, condition, pause_s=0.3):
+def scraped_until(server, condition, pause_s=0.3, ask=None):
     """Metrics once they fulfil a condition: they come with a step, and may take a moment."""
     deadline = time.monotonic() + 240
     while not condition(found := scraped(server)):
         assert time.monotonic() < deadline, found
-        server.client.completions.create(model="m", prompt="Hello", max_tokens=2)
+        ask() if ask else server.client.completions.create(model="m", prompt="Hello", max_tokens=2)
         time.sleep(pause_s)
     return found
 
@@ -215,10 +222,8 @@ def test_metrics_tell_what_happened_and_nothing_else(server):
 
 
 def test_a_dead_worker_shows_in_the_metrics(server):
-    (worker,) = (
-        child for child in psutil.Process(server.process.pid).children(recursive=True) if "ray::Host" in child.name()
-    )
-    worker.kill()
+    (worker,) = asked(server, "workers", "view")["0"]["each"]
+    os.kill(worker["pid"], signal.SIGKILL)
     # A pause, since the engine's threads spin while it serves, and the new worker needs a core to start.
     died = 'worker_restarts_total,reason="died"'
     scraped_until(server, lambda found: found[died] >= 1 and found["healthy"] == 1, pause_s=3)
@@ -256,7 +261,7 @@ def asked(server, path, key=None, method="GET", body=None):
 
 
 @contextlib.contextmanager
-def a_long_answer(server, tokens=150):
+def a_long_answer(server, tokens=60):
     """One that is under way; yields a future of its finish reason and the tokens that it got."""
 
     def listen(stream):
@@ -273,8 +278,21 @@ def a_long_answer(server, tokens=150):
         yield pool.submit(listen, stream)
 
 
+def is_ready(server):
+    try:
+        return asked(server, "ready")["ready"]
+    except urllib.error.HTTPError as reply:
+        if reply.code != 503:
+            raise
+        return False
+
+
 def refused(server):
-    """Seconds until a new request was refused with 503."""
+    """Seconds until a new request was refused with 503: the least of some, as the cores may be busy."""
+    return min(_refused(server) for _ in range(10))
+
+
+def _refused(server):
     begin = time.monotonic()
     with pytest.raises(openai.InternalServerError, match="draining") as caught:
         server.client.completions.create(model="m", prompt="Hello", max_tokens=2)
@@ -286,9 +304,9 @@ def refused(server):
 def test_knobs_changed_while_it_serves_hold_for_requests_that_do_not_choose(server):
     (question,) = questions(AutoTokenizer.from_pretrained(str(smollm2())), 2500, 1)
 
-    def rows(**more):
+    def rows(tokens=6, **more):
         reply = server.client.completions.create(
-            model="m", prompt=question.prompt, max_tokens=6, temperature=0, extra_body={"vllm_xargs": more}
+            model="m", prompt=question.prompt, max_tokens=tokens, temperature=0, extra_body={"vllm_xargs": more}
         )
         return reply.model_extra["kv_transfer_params"]["retrieval"]["rows_read"]
 
@@ -297,7 +315,7 @@ def test_knobs_changed_while_it_serves_hold_for_requests_that_do_not_choose(serv
     assert rows() <= 100 + 8
     assert rows(retrieval_rows=400) > 110
     assert asked(server, "config", "view")["rows"] == 100
-    found = scraped_until(server, lambda found: found["compared_steps_total"] > 0)
+    found = scraped_until(server, lambda found: found["compared_steps_total"] > 0, ask=lambda: rows(28))
     assert any(name.startswith("output_error") for name in found)
     asked(server, "config", "admin", "PATCH", {"rows": 1024, "fidelity": 0.002})
     assert asked(server, "fidelity", "view")["0"][0]["recall"] > 0
@@ -318,13 +336,13 @@ def test_a_worker_is_restarted_by_an_operator_and_answers_go_on(server):
 
 def test_a_request_is_listed_while_it_lives_and_ended_by_an_operator(server):
     with a_long_answer(server) as answer:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (live := asked(server, "requests", "view")["live"]):
             assert time.monotonic() < deadline
         assert (live[0]["state"], live[0]["prompt_tokens"]) == ("running", 181)
         assert asked(server, f"requests/{live[0]['id']}/abort", "admin", "POST") == {"id": live[0]["id"]}
-        finish, tokens = answer.result(60)
-    assert (finish, tokens < 149) == ("abort", True)
+        finish, tokens = answer.result(300)
+    assert (finish, tokens < 59) == ("abort", True)
     scraped_until(server, lambda found: not asked(server, "requests", "view")["live"])
     ended = [one for one in asked(server, "requests", "view")["ended"] if one["id"] == live[0]["id"]]
     assert [(one["state"], one["path"]) for one in ended] == [("abort", "paged")]
@@ -333,7 +351,7 @@ def test_a_request_is_listed_while_it_lives_and_ended_by_an_operator(server):
 def test_events_tell_of_requests_that_ended(server):
     url = f"http://127.0.0.1:{server.port}/retrieval/events"
     request = urllib.request.Request(url, None, {"Authorization": "Bearer view"})
-    with urllib.request.urlopen(request, timeout=60) as stream:
+    with urllib.request.urlopen(request, timeout=300) as stream:
         assert stream.readline() == b"event: status\n"
         assert json.loads(stream.readline().removeprefix(b"data: "))["model"] == "m"
         server.client.completions.create(model="m", prompt="Hello", max_tokens=3)
@@ -358,10 +376,10 @@ def test_the_page_shows_what_the_status_says(server, tmp_path):
 def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(server):
     with a_long_answer(server) as answer:
         assert asked(server, "drain", "admin", "POST") == {"draining": True, "running": 1}
-        assert min(refused(server) for _ in range(3)) < 0.05
+        assert refused(server) < 0.05
         with pytest.raises(urllib.error.HTTPError, match="503"):
             asked(server, "ready")
-        finish, _ = answer.result(120)
+        finish, _ = answer.result(300)
     assert finish == "length"
     assert asked(server, "undrain", "admin", "POST") == {"draining": False, "running": 0}
     assert asked(server, "ready") == {"ready": True, "reason": None}
@@ -370,13 +388,14 @@ def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(server):
 
 def test_a_clean_end_leaves_no_process_and_cuts_no_answer(server):
     started = family(server)
-    # Few tokens: beside an engine on one of two cores each takes up to half a second.
-    with a_long_answer(server, 60) as answer:
+    with a_long_answer(server) as answer:
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)  # until the server has heard
-        assert min(refused(server) for _ in range(3)) < 0.05
-        finish, _ = answer.result(100)
+        deadline = time.monotonic() + 60
+        while is_ready(server):  # until the server has heard
+            assert time.monotonic() < deadline
+        assert refused(server) < 0.05
+        finish, _ = answer.result(300)
     assert finish == "length"
-    server.process.wait(60)
-    _, left = psutil.wait_procs(started, timeout=20)
+    server.process.wait(200)
+    _, left = psutil.wait_procs(started, timeout=60)
     assert not left

@@ -177,7 +177,7 @@ DONE = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(asynchronous=st.booleans(), blocks=st.sampled_from([60, 200]), done=DONE)
 def test_whatever_is_shared_every_token_is_the_prompts_own(asynchronous, blocks, done):
     simulation, number = Simulation(shared_config(), asynchronous, blocks), 0

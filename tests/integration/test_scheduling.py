@@ -216,7 +216,7 @@ def test_a_prompt_that_the_connector_brings_holds_sinks_and_window_alone(simulat
     assert simulation.nothing_left()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(asynchronous=st.booleans(), blocks=st.sampled_from([60, 200]), done=DONE)
 def test_whatever_is_done_every_request_ends_and_nothing_is_left(config, asynchronous, blocks, done):
     simulation = Simulation(config, asynchronous, blocks)

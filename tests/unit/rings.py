@@ -86,7 +86,7 @@ class Ring:
 
     def await_idle(self) -> None:
         """Until the actors are done with a message that nobody waits for any more."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not self.client.idle():
             assert time.monotonic() < deadline
             time.sleep(0.01)

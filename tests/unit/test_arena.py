@@ -196,7 +196,7 @@ class ArenaLife(RuleBasedStateMachine):
 
 
 TestArenaLife = ArenaLife.TestCase
-TestArenaLife.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestArenaLife.settings = settings(max_examples=40, stateful_step_count=25)
 
 
 @pytest.fixture

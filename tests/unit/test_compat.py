@@ -46,7 +46,7 @@ def test_an_engine_has_time_to_end_and_leaves_no_file_even_if_killed(seconds, gr
     here, there = context.Pipe()
     process = context.Process(target=engine, args=(there, seconds), name="engine")
     process.start()
-    assert here.poll(60)
+    assert here.poll(300)
     path = here.recv()
     assert os.path.exists(path)
     manager = CoreEngineProcManager.__new__(CoreEngineProcManager)

@@ -5,7 +5,6 @@ import subprocess
 import threading
 from queue import Queue
 
-from tests import engines
 from tests.engines import EngineRun, run
 
 
@@ -17,8 +16,7 @@ def test_what_a_test_puts_in_place_does_not_reach_an_engine(tmp_path, monkeypatc
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "__init__.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(subprocess, "Popen", None)
-    monkeypatch.setattr(engines, "_several", threading.Lock())  # another engine may be waiting for a core
     cores = Queue()
     cores.put(0)
-    assert run(EngineRun(1, out, "json.tool", (str(given), str(out))), cores) == [1, 2]
+    assert run(EngineRun(1, out, "json.tool", (str(given), str(out))), cores, threading.Lock()) == [1, 2]
     assert cores.get_nowait() == 0

@@ -27,7 +27,7 @@ def pages_of(tokens: int) -> int:
     return -(-max(0, tokens - SINK) // PAGE)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 30), OPERATIONS)
 def test_pages_held_follow_the_requests_and_never_exceed_capacity(capacity, operations):
     book = ledger(capacity)

@@ -44,7 +44,7 @@ def close(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torc
     torch.testing.assert_close(got[1].double(), want[1].double(), atol=1e-5, rtol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(partitions())
 def test_merged_parts_equal_attention_over_the_union(case):
     scores, values, masks = case
@@ -53,7 +53,7 @@ def test_merged_parts_equal_attention_over_the_union(case):
     close(merged([attention(scores[:, m], values[m]) for m in masks]), attention(scores, values), slack)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(partitions(), st.randoms(use_true_random=False))
 def test_order_of_parts_does_not_matter(case, random):
     scores, values, masks = case

@@ -47,7 +47,7 @@ def test_a_batch_of_no_rows_has_no_rows():
     assert resident_columns(empty, empty, 1, 16, 4).shape == (0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([(16, 32, 0, 16), (0, 48, 100, 16), (40, 64, 256, 32)]))
 def test_tables_that_stay_hold_what_others_would(seed, knobs):
     random = np.random.default_rng(seed)

@@ -186,7 +186,7 @@ def test_the_constants_of_indexing_fit_each_other():
     assert INDEX_LEAST % INDEX_BLOCK == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(schedules(), st.integers(1, 3))
 def test_manager_holds_sinks_and_window_and_returns_every_block(schedule, depth):
     from vllm.v1.core.block_pool import BlockPool

@@ -85,16 +85,13 @@ def test_memory_that_is_not_there(free, knobs, what, do, monkeypatch):
     assert_clear(str(refused.value), what, do)
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        return held.getsockname()[1]
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
 def test_a_ray_that_does_not_answer(host):
-    address = f"{host}:{free_port()}"
-    with pytest.raises(ValueError, match=address) as refused:
-        check_ray(address)
+    with socket.socket() as held:  # it does not listen, and nobody else can there
+        held.bind(("127.0.0.1", 0))
+        address = f"{host}:{held.getsockname()[1]}"
+        with pytest.raises(ValueError, match=address) as refused:
+            check_ray(address)
     assert_clear(str(refused.value), "ray_address", "ray start --head")
 
 

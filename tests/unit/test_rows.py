@@ -111,7 +111,6 @@ def test_a_row_of_chance_one_half_counts_as_two(dtype):
 PIECES = st.lists(st.tuples(st.booleans(), st.integers(0, 90)), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(DTYPES)), st.sampled_from(DIMS), st.integers(1, 12), PIECES, st.randoms())
 def test_pieces_and_their_order_do_not_matter(dtype, dim, group, pieces, random):
     count = sum(size for _, size in pieces)
@@ -136,7 +135,7 @@ def test_pieces_and_their_order_do_not_matter(dtype, dim, group, pieces, random)
 MAGNITUDES = st.floats(-3, 4).map(lambda exponent: 10**exponent)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from(list(DTYPES)), st.sampled_from(DIMS), st.integers(1, 12), st.integers(1, 150),
     st.tuples(MAGNITUDES, MAGNITUDES, MAGNITUDES), st.floats(0, 20), st.integers(0, 2**31),

@@ -6,6 +6,7 @@ and what a killed owner left there would stay. This one goes with the last proce
 taken when a page is first written.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,16 +25,16 @@ def process_start(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def promised() -> int:
-    """Bytes that files of this kind, of all processes that can be seen, have yet to take: memory that looks free."""
+def promised(processes: Path = Path("/proc")) -> int:
+    """Bytes that files of this kind, of all ``processes`` seen there, have yet to take: memory that looks free."""
     sizes: dict[int, int] = {}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link).startswith(f"/memfd:{_NAME}-"):
-                found = link.stat()
-                sizes[found.st_ino] = max(0, found.st_size - found.st_blocks * _BLOCK)
-        except OSError:  # gone meanwhile, or another user's
-            continue
+    for process in processes.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            for link in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(link).startswith(f"/memfd:{_NAME}-"):
+                        found = link.stat()
+                        sizes[found.st_ino] = max(0, found.st_size - found.st_blocks * _BLOCK)
     return sum(sizes.values())
 
 

@@ -73,6 +73,7 @@ class WorkerPool:
             time.sleep(0.02)
         if not self.alive():
             self.close()
+            self._reader.join(1)  # which may be about to hear why
             why = self._failures[-1] if self._failures else "no answer"
             raise RuntimeError(
                 f"retrieval: not all of {layout.actors} CPU workers started ({why.removeprefix('retrieval: ')}); "
@@ -93,8 +94,9 @@ class WorkerPool:
         with contextlib.suppress(BrokenPipeError):
             print(self.plan.line(), file=self._supervisor.stdin, flush=True)
         self._heard = time.monotonic()
-        for read, pipe in ((self._read, self._supervisor.stdout), (self._read_errors, self._supervisor.stderr)):
-            threading.Thread(target=read, args=(pipe,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self._supervisor.stdout,), daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._read_errors, args=(self._supervisor.stderr,), daemon=True).start()
 
     @staticmethod
     def _read_errors(lines: Any) -> None:
