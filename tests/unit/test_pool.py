@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hold on the CPU workers: what is counted, and when there is an end to it. The supervisor is a stand-in."""
 
+import json
 import subprocess
 import sys
 import time
@@ -86,6 +87,20 @@ def test_a_plan_survives_its_way():
 def test_workers_that_do_not_start_are_told_with_their_reason(made):
     with pytest.raises(RuntimeError, match=r"not all of 2 CPU workers started.*the scale is negative"):
         made(scale=-1.0)
+
+
+def test_a_supervisor_that_ends_at_start_is_tried_again(made, monkeypatch):
+    first = json.dumps({"event": "ended", "error": "Ray did not start"})
+    plain, scripts = module.subprocess.Popen, [f"print({first!r}, flush=True)", "raise SystemExit(3)"]
+
+    def start(command, **how):
+        return subprocess.Popen([sys.executable, "-c", scripts.pop(0)], **how) if scripts else plain(command, **how)
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    pool = made()
+    assert pool.alive()
+    assert pool._failures == ["Ray did not start", "their supervisor ended with 3"]
+    assert not pool.restarts
 
 
 def test_a_dead_supervisor_is_replaced_and_its_workers_with_it(made):

@@ -66,14 +66,9 @@ class WorkerPool:
         self.gave_up = False
         views.words[WORD_CLIENT_PID] = os.getpid()
         self._launch()
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not self.alive() and time.monotonic() < deadline and len(self._failures) < _START_TRIES:
-            if self._supervisor.poll() is not None:
-                break
-            time.sleep(0.02)
+        self._await_start()
         if not self.alive():
             self.close()
-            self._reader.join(1)  # which may be about to hear why
             why = self._failures[-1] if self._failures else "no answer"
             raise RuntimeError(
                 f"retrieval: not all of {layout.actors} CPU workers started ({why.removeprefix('retrieval: ')}); "
@@ -81,6 +76,22 @@ class WorkerPool:
             )
         self._watcher = threading.Thread(target=self._watch, name="retrieval-watch", daemon=True)
         self._watcher.start()
+
+    def _await_start(self) -> None:
+        """Until all workers are attached, or it has failed too often: Ray gives its own parts 30 s to start, which is
+        little where all cores are busy."""
+        deadline, heard = time.monotonic() + _START_TIMEOUT_S, 0
+        while not self.alive() and time.monotonic() < deadline and len(self._failures) < _START_TRIES:
+            time.sleep(0.02)
+            code = self._supervisor.poll()
+            if code is None:
+                continue
+            self._reader.join(1)  # it may be about to hear why
+            if len(self._failures) == heard:
+                self._failures.append(f"their supervisor ended with {code}")
+            heard = len(self._failures)
+            if heard < _START_TRIES:
+                self._launch()
 
     def _launch(self) -> None:
         for actor in range(self._layout.actors):
