@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 # Engines of other tests run beside: how long an example takes says nothing. And who changes one thing is not to be told
-# of a rare example of another.
+# of a rare example of another (`pytest --hypothesis-profile=default` draws new ones).
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 

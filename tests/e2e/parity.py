@@ -3,7 +3,6 @@
 process an engine."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ def main(out: Path, backend: str, chunk: int) -> None:
         told["alone"] = as_told([engine.run([prompt], **greedy)[0] for prompt in prompts[:alone]])
     engine.close()
     out.write_text(json.dumps(told))
-    os._exit(0)
 
 
 if __name__ == "__main__":

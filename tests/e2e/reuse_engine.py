@@ -19,11 +19,11 @@ LONG = 7800
 
 
 def apart(one: Any, other: Any) -> bool:
-    """Whether greedy tokens part where they are no tie. Other rows may be drawn (codes of another space), and each of
-    two logits of 20, as here, may move by a step of bfloat16, 0.125."""
+    """Whether greedy tokens part where they are no tie. Other rows may be drawn (codes of another space), and logits
+    of 20, as here, are 0.125 apart in bfloat16."""
     for mine, theirs, row in zip(one.tokens, other.tokens, other.logprobs, strict=False):
         if mine != theirs:
-            return abs(row.get(mine, -99.0) - row[theirs]) > 0.26
+            return abs(row.get(mine, -99.0) - row[theirs]) > 0.15
     return len(one.tokens) != len(other.tokens)
 
 
@@ -108,7 +108,6 @@ def main(out: Path) -> None:
     cases.case("reset", [document])
     engine.close()
     out.write_text(json.dumps(cases.found))
-    os._exit(0)
 
 
 if __name__ == "__main__":

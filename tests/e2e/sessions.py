@@ -256,7 +256,6 @@ PARTS = {"kept": kept, "outgrown": outgrown, "crossed": crossed, "samples": samp
 
 def main(out: Path, parts: list[str]) -> None:
     out.write_text(json.dumps(asyncio.run(run(parts or list(PARTS)))))
-    os._exit(0)
 
 
 if __name__ == "__main__":

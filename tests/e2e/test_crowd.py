@@ -9,7 +9,7 @@ from tests.e2e.crowd import LONG, SHORT
 from tests.e2e.test_families import TOLERANCE, gap
 from tests.engines import EngineRun
 
-CLOSE = 0.1
+CLOSE = 0.02
 """Most that a log-probability may differ by where rounding may have other rows drawn, as it does for few requests."""
 DEGRADED = ("stopped", "killed")
 

@@ -40,6 +40,7 @@ def gap(mine, its, number):
 
 def test_flat_equals_full_attention(family):
     full, flat = family["full"], family["flat"]
+    assert flat["tokens"] == full["tokens"]
     assert max(gap(flat, full, number) for number in range(len(LENGTHS))) < TOLERANCE
     assert min(len(set(tokens)) for tokens in full["tokens"]) > 4, "tokens that repeat show little"
 

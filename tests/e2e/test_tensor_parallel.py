@@ -38,7 +38,7 @@ def test_a_killed_worker_of_one_rank_changes_no_answer(found):
 
 def test_two_ranks_draw_the_rows_that_one_draws(found):
     """KV heads are numbered in the whole model. Sums differ in their last bits, so now and then a row does."""
-    assert found["rows"][0] == pytest.approx(found["rows"][1], abs=1)
+    assert found["rows"][0] == found["rows"][1]
     for steps in found["sampled"]:
-        assert sum(step < 1e-3 for step in steps) >= 2, steps  # a row that is drawn early moves what follows
+        assert sum(step < 1e-3 for step in steps) >= 0.6 * len(steps), steps
     assert found["sampled_off"] > 0.05  # rows are sampled, and the draw can be seen

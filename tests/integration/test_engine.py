@@ -26,8 +26,8 @@ KNOBS = {
     "host_memory_gb": 0.15,
     "threads": 2,
     "poison_freed": True,
-    "answer_timeout_s": 2,
-    "worker_timeout_s": 10,
+    "answer_timeout_s": 0.5,
+    "worker_timeout_s": 3,
 }
 CHUNK, BLOCK, MAX_LEN = 256, 16, 1_000_000
 NEW = 16
@@ -197,18 +197,11 @@ def children_of(pid):
 
 
 def await_workers(pool, other_than=()):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 90
     while not pool.alive() or pool.pids() == other_than:  # one that is killed may live for a moment
         assert time.monotonic() < deadline
         time.sleep(0.05)
     pool._recent.clear()  # else there would be too many within a minute
-
-
-def _used(processes, seconds):
-    """Cores that these use."""
-    before = sum(sum(process.cpu_times()[:2]) for process in processes)
-    time.sleep(seconds)
-    return (sum(sum(process.cpu_times()[:2]) for process in processes) - before) / seconds
 
 
 def test_what_runs_beside_the_engine_is_small_and_idle(engine):
@@ -223,9 +216,11 @@ def test_what_runs_beside_the_engine_is_small_and_idle(engine):
     maps = [part for process in beside for part in process.memory_maps()]
     assert sum(part.pss for part in maps if "vllm-retrieval-" not in part.path) < 520e6  # without the arena
     ours = [supervisor, *map(psutil.Process, pool.pids())]
-    used = min(_used(ours, 5) for _ in range(3))  # a slow machine has cold caches at first
-    print("idle CPU of supervisor and workers", used)
-    assert used < 0.02
+    before = [sum(process.cpu_times()[:2]) for process in ours]
+    time.sleep(5)
+    used = [sum(process.cpu_times()[:2]) - start for process, start in zip(ours, before, strict=True)]
+    print("idle CPU, supervisor and workers", used)
+    assert sum(used) < 0.02 * 5
 
 
 def worker_of(pool):
@@ -261,12 +256,12 @@ def test_whatever_dies_beside_the_engine_the_answer_is_the_same(engine, prompts,
         begin = now
         last = outputs or last
     assert list(last[0].outputs[0].token_ids) == truth[-1]
-    assert longest < KNOBS["answer_timeout_s"] + 3  # Ray starts anew meanwhile, on the same two cores
+    assert longest < KNOBS["answer_timeout_s"] + 1  # Ray starts anew meanwhile, on the same two cores
     told = last[0].kv_transfer_params["retrieval"]["degraded_steps"]
     assert told == engine.worker().stats()["degraded_steps"] - before["degraded_steps"]
     if "worker" in fault:
         assert told > 0
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 60
     while engine.worker().stats()["restarts"] == before["restarts"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -313,7 +308,7 @@ def test_workers_that_never_come_back_cost_no_answer_and_the_log_says_so(engine,
     monkeypatch.setattr(pool_module, "RESTARTS_WITHIN_S", 600.0)  # a start may take ten seconds on a busy machine
     pool.plan = replace(pool.plan, setup=replace(pool.plan.setup, path="/nonexistent"))
     os.kill(pool.supervisor_pid, signal.SIGKILL)
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 300
     while not pool.gave_up:
         assert engine.run([prompts[-1], prompts[0]], **GREEDY)[0].tokens == truth[-1]
         assert time.monotonic() < deadline

@@ -72,7 +72,7 @@ def made(monkeypatch):
 
 
 def await_that(condition):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.layouts import DTYPES, make_layout
 from tests.unit.rings import Ring
 from vllm_retrieval_attn.store.layout import ROW_GENERATION, ROW_LIMIT, SLOT_GENERATION, WORD_CLIENT_PID
+from vllm_retrieval_attn.workers import client
 from vllm_retrieval_attn.workers.client import WorkersLate
 from vllm_retrieval_attn.workers.lane import LEADER
 
@@ -63,12 +64,15 @@ def test_answers_equal_brute_force_attention(case):
         ring.close()
 
 
-def test_many_messages_in_a_row_are_answered(rings):
+def test_many_messages_in_a_row_are_answered(rings, monkeypatch):
+    # A core may be late by more than the 20 ms after which a client asks; a lane whose wake-up was lost sleeps for 200.
+    monkeypatch.setattr(client, "_SLICE_NS", 100_000_000)
     ring = rings(make_layout(actors=2, threads=2, kv_heads=3))
+    ring.client._timeout[:] = 1, 0
     ring.start_all()
     for number in range(150):
         ring.check(number % 2, [1 + number, 3, 0, 200], number)
-    assert ring.asked < 15  # now and then a core is late; a wake-up that is lost each time would be 150
+    assert ring.asked == 0
 
 
 def test_a_leader_that_starts_late_is_waited_for(rings):
@@ -79,7 +83,7 @@ def test_a_leader_that_starts_late_is_waited_for(rings):
     begin = time.monotonic()
     ring.check(1, [300, 7, 64], before_collect=late.start)
     late.join()
-    assert 1 <= ring.asked <= (time.monotonic() - begin) / 0.02 + 1  # every 20 ms, later where cores are busy
+    assert 10 <= ring.asked <= (time.monotonic() - begin) / 0.02 + 1  # every 20 ms
 
 
 def test_a_restarted_lane_answers_what_its_dead_predecessor_did_not(rings):
@@ -131,7 +135,7 @@ def test_a_message_that_is_late_is_not_served_and_no_other_comes_before_it_is_ov
     begin = time.monotonic()
     with pytest.raises(WorkersLate, match=r"have not answered for 0\.05 s"):
         ring.collect(1)
-    assert time.monotonic() - begin < 10  # far from the 60 s for which a ring's helpers wait; the cores may be busy
+    assert time.monotonic() - begin < 0.2
     with pytest.raises(WorkersLate, match="earlier message"):
         ring.client.post(0, message)
     ring.start_all()
@@ -147,7 +151,7 @@ def test_stop_ends_all_lanes(rings):
     ring.check(0, [10])
     ring.client.stop()
     for lane in ring.lanes:
-        lane.join(timeout=30)
+        lane.join(timeout=2)
         assert not lane.is_alive()
         assert lane.error is None
 
@@ -162,7 +166,7 @@ def test_lanes_leave_when_their_client_is_gone(rings):
     client.kill()
     client.wait()
     for lane in ring.lanes:
-        lane.join(timeout=30)
+        lane.join(timeout=3)
         assert not lane.is_alive()
 
 

@@ -91,6 +91,7 @@ class WorkerPool:
                 self._failures.append(f"their supervisor ended with {code}")
             heard = len(self._failures)
             if heard < _START_TRIES:
+                self._end_supervisor()
                 self._launch()
 
     def _launch(self) -> None:
