@@ -2,14 +2,18 @@
 """The kernels of a decode step against their NumPy twin, stage by stage: what tests/gpu and tests/unit share."""
 
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import torch
 
 from vllm_retrieval_attn.device import decode_twin as twin
+from vllm_retrieval_attn.device.board import BoardLayout, board_of
 from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, parts_of, scratch, scratch_bytes
-from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, StepRow, descriptor_of, items_of
+from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, Handed, StepRow, descriptor_of, items_of
+from vllm_retrieval_attn.device.lane_loop import STOP, WORDS, lane_memory, serve
 from vllm_retrieval_attn.device.sketch_probe import host_part
+from vllm_retrieval_attn.index.rows import DTYPE_CODES, memory_of
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
 from vllm_retrieval_attn.sketch.space import Space, balanced_for, rotation
@@ -23,10 +27,10 @@ class Machine:
     """Kernels over random memory: 2 layers, 2 KV heads, batches of at most 4 rows.
 
     Args:
-        kernels: a class as DecodeKernels. device: "cuda", or "cpu" for emulated ones.
+        kernels: a class as DecodeKernels. device: "cuda", or "cpu" for emulated ones. lanes: of its board.
     """
 
-    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=20, pages=13):
+    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=20, pages=13, lanes=0):
         self.device = device
         self.geometry = Geometry(
             layers=2, kv_heads=2, group=group, dim=dim, dtype=dtype, rows=rows, entries=entries, host_pages=pages,
@@ -50,7 +54,18 @@ class Machine:
             for name in ("mean", "keys", "queries")
         ]
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device=device)
-        buffers = Buffers(self.arena.data_ptr(), self.sketch, *self.to(*parts), self.descriptor)
+        places = BoardLayout(g)
+        self.board = torch.zeros(places.bytes, dtype=torch.uint8, pin_memory=device == "cuda")
+        buffers = Buffers(
+            self.arena.data_ptr(), self.sketch, *self.to(*parts), self.descriptor, self.board.data_ptr(), lanes
+        )
+        self.handed, self.words, self.lanes = Handed(), np.zeros(WORDS, np.int32), []
+        kv = memory_of(arena.view(torch.uint8).numpy(), DTYPE_CODES[dtype])
+        self.lane_arguments = [
+            (board_of(self.board.numpy()), places.places, kv,
+             lane_memory(group, dim), lane, lanes, np.float32(g.scale), self.words, 10**11, 1)
+            for lane in range(lanes)
+        ]  # fmt: skip
         self.work = scratch(g, device)
         assert self.work.bytes == scratch_bytes(g)
         self.kernels = kernels(g, buffers, self.work)
@@ -64,8 +79,16 @@ class Machine:
         keys = self.random.standard_normal((2000, dim)) @ mixing + 0.3
         return balanced_for(keys, self.random.standard_normal((500, dim))).one(0)
 
+    def start_lanes(self):
+        self.lanes = [Thread(target=serve, args=arguments, daemon=True) for arguments in self.lane_arguments]
+        for lane in self.lanes:
+            lane.start()
+
     def close(self):
         self.wait()
+        self.words[STOP] = 1
+        for lane in self.lanes:
+            lane.join()
         if self.memory is not None:
             self.memory.close()
 
@@ -104,7 +127,7 @@ class Machine:
 
     def run(self, rows, inputs):
         query, key, value, out, lse = inputs
-        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry)))
+        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry, self.handed)))
         self.kernels.before(LAYER, key, value, query)
         self.kernels.after(LAYER, query, out, lse)
         self.wait()
@@ -366,6 +389,26 @@ def check_host_part(machine):
             out, lse = sampling.attend(keys, values, asked, g.scale, read, of)
             np.testing.assert_allclose(found.out[mine], out, atol=2e-3, rtol=2e-3)
             np.testing.assert_allclose(found.lse[mine], lse, atol=2e-3)
+
+
+def check_lanes(machine, share):
+    """A layer whose runs lanes do in part, and one in which they are late: the same, and what is told of it."""
+    stamps = slice(-2, None)
+    machine.handed = Handed(share, 1, 20_000_000_000)
+    machine.start_lanes()
+    check_layer(machine)
+    assert not machine.work.read[stamps].any()  # the next layer tells
+    done = machine.board.numpy().view(np.int64)[8 : 8 + 8 * len(machine.lanes) : 8]
+    assert set(done.tolist()) == {machine.work.lane_words[0].item()}
+    machine.words[STOP] = 1
+    for lane in machine.lanes:
+        lane.join()
+    # Done in time, late, handed nothing, handed again: each is told of the layer before.
+    for generation, told in ((1, [1, 0]), (1, [1, 1]), (2, [0, 0]), (2, [1, 1])):
+        machine.work.read.zero_()
+        machine.handed = Handed(share, generation, 1_000_000)
+        check_layer(machine)
+        assert machine.work.read[stamps].tolist() == told
 
 
 def check_fetched(machine):

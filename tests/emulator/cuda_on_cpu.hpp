@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -33,6 +34,8 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static float2 make_float2(float x, float y) { return {x, y}; }
+template <typename T> static T __ldcv(const T* at) { std::atomic_thread_fence(std::memory_order_seq_cst); return *at; }
+static void __nanosleep(unsigned) {}
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
@@ -153,6 +156,11 @@ template <typename T, typename U>
 static T atomicAdd(T* at, U x) { const T old = *at; *at += x; return old; }
 template <typename T, typename U>
 static T atomicMax(T* at, U x) { const T old = *at; *at = max(*at, (T)x); return old; }
+
+template <typename T>
+static T atomicCAS(T* at, T expected, T value) { const T old = *at; if (old == expected) *at = value; return old; }
+static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+static void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template <typename To, typename From>
 static To bits(From x) { To y = 0; memcpy(&y, &x, sizeof x); return y; }

@@ -5,11 +5,14 @@
 #
 #   kernels    tests/gpu/test_decode_kernels.py; parts of a layer (bench.kernels)                               needs no vLLM
 #   sanitize   compute-sanitizer over the kernels' twin tests                                                  needs no vLLM
+#   lanes      what CPU lanes gain                                                                          needs no vLLM
 #   timeline   the picture of one layer                                                                        needs no vLLM
 #   ours full fp8        rows "step 1K, 128K", TTFT, GPU bytes of ours, FLASH_ATTN, FLASH_ATTN with fp8 KV
+#   rivals     page "When not to use it"
 #   fill       rows "step 512K"; batch     row "tokens/s, batch 6" (needs 128 GiB of memory)
 #   search     a layer's search by CPU workers, by AVX-512 VNNI and by Faiss (bench.search)
 #   faiss      row "sketch_gb: 0";  quality-faiss     planted numbers with it
+#   two        tests/gpu/test_tensor_parallel.py, row "step 128K" and planted numbers on two GPUs
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
@@ -36,7 +39,7 @@ graphs() { echo "\"gpu_memory_utilization\":0.9,\"compilation_config\":{\"cudagr
 decode() { cli bench decode "$@"; }
 evaluate() {  # tasks, max_num_seqs, more knobs
   cli eval --model "$MODEL" --modes full,attention --lengths 64000 --score-tokens 96 --tasks "$1" --json "$OUT/eval-$2${3:+-more}.json" --options \
-    "{\"gpu_memory_utilization\":0.6,\"max_num_seqs\":$2,\"max_num_batched_tokens\":8192,\"dtype\":\"float16\",\"max_model_len\":65536,
+    "{\"gpu_memory_utilization\":0.6,\"max_num_seqs\":$2,\"max_num_batched_tokens\":8192,\"dtype\":\"float16\",\"max_model_len\":65536,${RANKS:+\"tensor_parallel_size\":$RANKS,}
       \"compilation_config\":{\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\",\"cudagraph_capture_sizes\":[1,2,4,8]},\"retrieval\":{\"host_memory_gb\":24${3:-}}}"
 }
 for stage in "$@"; do
@@ -59,8 +62,31 @@ for stage in "$@"; do
     decode --ways full --contexts 1024 --batches 1,32 --tokens 60 --options "{$(graphs 1,2,4,8,32)}"
     decode --ways full --contexts 131072 --batches 1,2,3 --tokens 60 --options "{$(graphs 1,2,3)}" ;;
   fp8) decode --ways full-fp8 --contexts 131072 --batches 1,3,6 --tokens 60 --options "{$(graphs 1,2,3,6)}" ;;
+  rivals)  # each as it is best: the largest of these batches that there is memory for
+    for way in full full-fp8 full-offload; do
+      decode --ways $way --contexts 8192,32768 --batches 1,4,16 --tokens 40 --options "{$(graphs 1,2,4,8,16)}"
+    done
+    decode --ways full-offload --contexts 131072 --batches 1,3,6 --tokens 40 --options "{$(graphs 1,2,3,6)}"
+    decode --ways sketch --fill --contexts 8192,32768 --batches 1,4,16 --tokens 40 --options "{$(graphs 1,2,4,8,16),\"retrieval\":{\"host_memory_gb\":90}}" ;;
   fill) decode --ways sketch --fill --contexts 131072,524288 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":84}}" ;;
-  batch) decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens 60 --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
+  batch)
+    for lanes in "" ',"lanes":0'; do
+      decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens "${TOKENS:-60}" --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}$lanes}}"
+    done ;;
+  lanes)  # a layer by the share of its rows that CPU lanes read
+    run python3 -m pytest -p no:cacheprovider tests/gpu/test_decode_kernels.py -k lanes
+    for more in "" "--rows-batch 4" "--rows-batch 6 --host-gb 40" "--tokens 32768 --rows-batch 8"; do
+      # shellcheck disable=SC2086
+      run python3 -m vllm_retrieval_attn.bench.kernels --products --json --lanes 14 $more
+    done ;;
+  two)  # on two GPUs; the eval's model has heads for two ranks
+    export VLLM_ALLREDUCE_USE_SYMM_MEM=0
+    for way in sketch full; do
+      decode --ways $way --contexts 131072 --tokens 60 --options "{$(graphs 1,2),\"tensor_parallel_size\":2$([ $way = full ] || echo ',"retrieval":{"host_memory_gb":24}')}"
+    done
+    [ -e "$MODEL-even" ] || python3 tests/gpu/even_heads.py "$MODEL" "$MODEL-even"
+    RANKS=2 MODEL=$MODEL-even evaluate crowd:16 2
+    [ -n "${SHORT:-}" ] || run python3 -m pytest -p no:cacheprovider tests/gpu/test_tensor_parallel.py ;;
   search)
     for scan in auto faiss; do run python3 -m vllm_retrieval_attn.bench.search --scan $scan --rows 512,1024; done
     run python3 -m vllm_retrieval_attn.bench.search --threads 8 --rows 512 ;;

@@ -61,10 +61,13 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("retrieval", {"retrieval": {"index": "none"}}),
     "full": ("FLASH_ATTN", {}),
     "full-fp8": ("FLASH_ATTN", {"kv_cache_dtype": "fp8"}),
+    "full-offload": ("FLASH_ATTN", {"kv_offloading_size": 48, "enable_prefix_caching": True}),
 }
 """Ways to serve a context: backend, and arguments of ``vllm.LLM``."""
 FILLED = ("sketch", "flat")
 """Ways that need nothing but K and V, and codes that bench/fill.py can make up."""
+_CHUNK = 8192
+"""Tokens of a prefill step."""
 _SKIP = 6
 """Decode steps left out of the figures: the first ones meet cold caches, and one batch follows a prefill."""
 _LEAST_TAU = 1e-9
@@ -93,6 +96,11 @@ class Load:
     batch: int
     tokens: int
     rows: int
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a request: the first one goes on while the prompts of the others are computed."""
+        return self.tokens + (self.batch - 1) * -(-self.context // _CHUNK)
 
 
 def start(shape: str, way: str, loads: Sequence[Load], options: dict[str, Any]) -> InProcessEngine:
@@ -123,9 +131,9 @@ def start(shape: str, way: str, loads: Sequence[Load], options: dict[str, Any]) 
                 "load_format": "dummy",
                 "skip_tokenizer_init": True,
                 "dtype": "bfloat16",
-                "max_model_len": max(load.context + load.tokens for load in loads) + 8,
+                "max_model_len": max(load.context + load.limit for load in loads) + 8,
                 "max_num_seqs": max(2, *(load.batch for load in loads)),
-                "max_num_batched_tokens": 8192,
+                "max_num_batched_tokens": _CHUNK,
                 "enable_prefix_caching": False,
                 "seed": 0,
                 **given,
@@ -144,14 +152,17 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         for a KV head; ``graph``: the share of the timed steps that replayed one graph; ``degraded``: steps of the load
         in which the engine did the CPU workers' part, or these were late. The last three are None without our backend.
 
+        Where there is no memory for all requests at once, ``step_ms_p50`` is None and ``at_once`` how many there is
+        memory for; they are ended then.
+
     Raises:
-        ValueError: the requests never decoded together, or too few steps long.
+        ValueError: too few steps.
     """
     import torch
 
     worker = engine.worker() if WAYS[way][0] == "retrieval" else None
     vocabulary = SHAPES[shape]["vocab_size"]
-    sampling: dict[str, Any] = {"temperature": 0, "max_tokens": load.tokens, "ignore_eos": True, "detokenize": False}
+    sampling: dict[str, Any] = {"temperature": 0, "max_tokens": load.limit, "ignore_eos": True, "detokenize": False}
     if worker is not None and way in ("sketch", "faiss"):
         sampling["extra_args"] = {"retrieval_rows": load.rows}
     engine.max_blocks.clear()
@@ -162,13 +173,17 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     graphs: list[int] = []
     counts: dict[str, int] = dict.fromkeys(names, 0)
     reports: list[dict[str, Any]] = []
-    held = {"gpu_bytes": 0, "host_bytes": 0}
+    held, at_once = {"gpu_bytes": 0, "host_bytes": 0}, 0
     for outputs in engine.steps():
         for output in outputs:
             counts[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished and (output.kv_transfer_params or {}).get("retrieval"):
                 reports.append(output.kv_transfer_params["retrieval"])
-        if min(counts.values()) == 0 or max(counts.values()) == load.tokens:
+        at_once = max(at_once, sum(0 < count < load.limit for count in counts.values()))
+        if min(counts.values()) == 0 and max(counts.values()) == load.limit:
+            engine.engine.abort_request(names)
+            break
+        if min(counts.values()) == 0 or max(counts.values()) == load.limit or len(stamps) == load.tokens:
             continue
         stamps.append(time.perf_counter() - begin)
         graphs.append(worker.graph_steps if worker is not None else 0)
@@ -176,20 +191,15 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     engine.drain()
     every = [b - a for a, b in itertools.pairwise(stamps)]
     steps = every[_SKIP:]
+    told = {"backend": WAYS[way][0], "way": way, "shape": shape, "context": load.context, "batch": load.batch}
     if not stamps:
-        raise ValueError(
-            f"{load.batch} requests of {load.context} tokens never decoded at once; is there memory for all of them?"
-        )
+        return {**told, "step_ms_p50": None, "at_once": at_once}
     if not steps:
         raise ValueError(f"{load.tokens} decode steps are too few; {_SKIP + 3} at least")
     median = statistics.median(steps)
     late = [i for i, step in enumerate(every) if step > 1.5 * median]
     return {
-        "backend": WAYS[way][0],
-        "way": way,
-        "shape": shape,
-        "context": load.context,
-        "batch": load.batch,
+        **told,
         "rows": load.rows,
         "ttft_s": round(stamps[0], 3),
         "step_ms_p50": round(median * 1e3, 3),

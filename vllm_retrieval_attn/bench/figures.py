@@ -16,7 +16,11 @@ def _pyplot() -> Any:
 
 
 def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds of a step, and bytes on the GPU, over the context; a line for each way, batch and limit of rows."""
+    """Milliseconds of a step, and bytes on the GPU, over the context; a line for each way, batch and limit of rows.
+
+    Rows that there was no memory for have no step, and are left out.
+    """
+    rows = [row for row in rows if row["step_ms_p50"] is not None]
     pyplot = _pyplot()
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
