@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.decode_lanes import check_lanes
 from tests.decode_machine import (
     LAYER,
     SHAPES,
@@ -16,7 +17,6 @@ from tests.decode_machine import (
     batch,
     check_codes,
     check_fetched,
-    check_lanes,
     check_layer,
     check_layers_written,
     check_long_row,

@@ -3,12 +3,12 @@
 
 import pytest
 
+from tests.decode_lanes import check_lanes
 from tests.decode_machine import (
     Machine,
     check_codes,
     check_fetched,
     check_host_part,
-    check_lanes,
     check_layer,
     check_layers_written,
     check_long_row,
