@@ -54,7 +54,7 @@ def library(dim: int, group: int, dtype: str, lanes: bool) -> ctypes.CDLL:
     (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.hpp"\n{source}\n{entries}\n')
     # Each library has static variables of its own: no unique symbols across them.
     options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
-    shape = [f"-DDIM={dim}", f"-DGROUP={group}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DLANES={int(lanes)}"]
+    shape = [f"-DDIM={dim}", f"-DGROUP={group}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DCPU_LANES={int(lanes)}"]
     subprocess.run(
         ["g++", *options, "-fno-gnu-unique", *shape, f"-I{Path(__file__).parent}", "-o", "kernels.so", "kernels.cpp"],
         cwd=folder, check=True,

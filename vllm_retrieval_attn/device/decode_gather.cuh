@@ -260,9 +260,9 @@ __device__ __forceinline__ void begin_task(
     const State& s, const Queries& q, int rows, const Split& split, int ticket, Task& task, Attention& a
 ) {
     const int own = ticket - split.handed, taken = own - split.own;
-    task.what = !LANES || (own >= 0 && taken < 0) ? OWN : own < 0 ? POST : TAKE;
+    task.what = !CPU_LANES || (own >= 0 && taken < 0) ? OWN : own < 0 ? POST : TAKE;
     task.at = task.what == POST ? ticket : taken;
-    if (!LANES || split.share == 0) find(s, rows, own * RUN, true, task.item);
+    if (!CPU_LANES || split.share == 0) find(s, rows, own * RUN, true, task.item);
     else if (task.what == OWN) task.item = nth_run(s, rows, split, own, false, task.place);
     else task.item = nth_run(s, rows, split, task.at, true, task.place);
     const Item& item = task.item;
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     stamp(s, STAMP_GATHER);
     const Split split = split_of(s, rows);
     const int tickets = 2 * split.handed + split.own;
-    if (LANES && blockIdx.x == 0 && threadIdx.x == 0) announce(s, split);
+    if (CPU_LANES && blockIdx.x == 0 && threadIdx.x == 0) announce(s, split);
     Task task;
     int ticket = blockIdx.x;
     if (ticket < tickets) begin_task(s, q, rows, split, ticket, task, a);

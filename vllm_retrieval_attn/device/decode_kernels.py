@@ -164,7 +164,7 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str, lanes: bool = F
         raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
     options = [
         f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
-        f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DLANES={int(lanes)}",
+        f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DCPU_LANES={int(lanes)}",
     ]  # fmt: skip
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:

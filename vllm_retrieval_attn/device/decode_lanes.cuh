@@ -6,7 +6,7 @@
 // Whether a lane did its part is decided once a layer, for all its runs (`lane_did`). One that is late has its runs
 // done by the GPU, and from then on lanes are handed nothing until the host says so by a new generation.
 //
-// LANES is 0 where there are none: what they need costs the kernel a few microseconds a layer.
+// CPU_LANES is 0 where there are none: what they need costs the kernel a few microseconds a layer.
 #pragma once
 #include "decode_common.cuh"
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ int handed_of(const State& s, const Row& row, int sha
 // The same for all blocks of a layer: a lane that is late in this layer changes nothing before the next.
 __device__ __forceinline__ Split split_of(const State& s, int rows) {
     Split split = {0, entries_of(s) / RUN * (int)s.heads, 0, 0};
-    if (!LANES) return split;
+    if (!CPU_LANES) return split;
     split.layer = seen(s.lane_words + LANES_LAYER);
     const i64 share = s.descriptor[HEADER_SHARE];
     if (share <= 0 || s.lanes <= 0) return split;

@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     __shared__ u32 counts[BINS], lows[BINS], rest;
     const int rows = rows_of(s), thread = threadIdx.x;
     stamp(s, STAMP_WEIGH);
-    if (LANES && blockIdx.x == 0 && thread == 0) begin_layer(s);
+    if (CPU_LANES && blockIdx.x == 0 && thread == 0) begin_layer(s);
     Item item;
     int begin, end;
     range_of(s, begin, end);
