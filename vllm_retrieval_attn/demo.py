@@ -45,13 +45,17 @@ def wait(progress: Progress, what: str, usual_s: float, done: Any) -> None:
     progress.update(task, completed=usual_s)
 
 
+_KNOBS = {"host_memory_gb": 2, "resident_tokens": 1024, "answer_timeout_s": 60}
+"""On a busy laptop the first search may take seconds: the demo had better wait for it than read all rows."""
+
+
 def serve_command(model: str, port: int) -> list[str]:
     """What a user would type, with the program's full path."""
     return [
         *(str(Path(sys.executable).parent / "vllm"), "serve", model, "--attention-backend", "retrieval"),
         *("--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
-        *("--additional-config", '{"retrieval": {"host_memory_gb": 2, "resident_tokens": 1024}}'),
+        *("--additional-config", json.dumps({"retrieval": _KNOBS})),
     ]
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,9 @@ from vllm_retrieval_attn.device.decode_step import (
 )
 from vllm_retrieval_attn.device.lanes import Lanes
 from vllm_retrieval_attn.sketch.space import rotation
+
+_WAKING_S = 0.0005
+"""After which lanes are awake."""
 
 
 class Decode:
@@ -62,6 +66,7 @@ class Decode:
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
         self.lanes: Lanes | None = None
+        self.generation = 0
         buffers = Buffers(self.host.address, sketch, mean, turns, turns, self.descriptor)
         if args.lanes:
             self.lanes = Lanes(g, self.host.bytes, sorted(os.sched_getaffinity(0))[-args.lanes :])
@@ -108,7 +113,8 @@ class Decode:
         ]
         if tokens == 0:
             rows = [StepRow(0, -1, 640, a.rows, a.tau, 0, 0, (), ())] * a.rows_batch
-        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry, Handed(share, 1))))
+        self.generation += 1  # lanes that were late may work again
+        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry, Handed(share, self.generation))))
 
     def layer(self, number: int, parts: int) -> None:
         """Launch the first ``parts`` kernels of a layer."""
@@ -143,6 +149,7 @@ class Decode:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 if self.lanes is not None:
                     self.lanes.wake()
+                    time.sleep(_WAKING_S)
                 begin.record()
                 graph.replay()
                 end.record()
