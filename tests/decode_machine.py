@@ -2,18 +2,16 @@
 """The kernels of a decode step against their NumPy twin, stage by stage: what tests/gpu and tests/unit share."""
 
 from dataclasses import replace
-from threading import Thread
 
 import numpy as np
 import torch
 
 from vllm_retrieval_attn.device import decode_twin as twin
-from vllm_retrieval_attn.device.board import BoardLayout, board_of
+from vllm_retrieval_attn.device.board import BoardLayout
 from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, parts_of, scratch, scratch_bytes
 from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, Handed, StepRow, descriptor_of, items_of
-from vllm_retrieval_attn.device.lane_loop import STOP, WORDS, lane_memory, serve
+from vllm_retrieval_attn.device.lane_loop import STOP, WORDS
 from vllm_retrieval_attn.device.sketch_probe import host_part
-from vllm_retrieval_attn.index.rows import DTYPE_CODES, memory_of
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
 from vllm_retrieval_attn.sketch.space import Space, balanced_for, rotation
@@ -54,18 +52,11 @@ class Machine:
             for name in ("mean", "keys", "queries")
         ]
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device=device)
-        places = BoardLayout(g)
-        self.board = torch.zeros(places.bytes, dtype=torch.uint8, pin_memory=device == "cuda")
+        self.board = torch.zeros(BoardLayout(g).bytes, dtype=torch.uint8, pin_memory=device == "cuda")
         buffers = Buffers(
             self.arena.data_ptr(), self.sketch, *self.to(*parts), self.descriptor, self.board.data_ptr(), lanes
         )
         self.handed, self.words, self.lanes = Handed(), np.zeros(WORDS, np.int32), []
-        kv = memory_of(arena.view(torch.uint8).numpy(), DTYPE_CODES[dtype])
-        self.lane_arguments = [
-            (board_of(self.board.numpy()), places.places, kv,
-             lane_memory(group, dim), lane, lanes, np.float32(g.scale), self.words, 10**11, 1)
-            for lane in range(lanes)
-        ]  # fmt: skip
         self.work = scratch(g, device)
         assert self.work.bytes == scratch_bytes(g)
         self.kernels = kernels(g, buffers, self.work)
@@ -78,11 +69,6 @@ class Machine:
         mixing = self.random.standard_normal((dim, dim)) / dim**0.5
         keys = self.random.standard_normal((2000, dim)) @ mixing + 0.3
         return balanced_for(keys, self.random.standard_normal((500, dim))).one(0)
-
-    def start_lanes(self):
-        self.lanes = [Thread(target=serve, args=arguments, daemon=True) for arguments in self.lane_arguments]
-        for lane in self.lanes:
-            lane.start()
 
     def close(self):
         self.wait()

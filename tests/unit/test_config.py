@@ -334,3 +334,8 @@ def test_lanes_have_cpus_of_their_own_and_leave_vllm_some(cpus, quota, ranks, la
     assert min([*taken, cpus]) == of_last if lanes else not taken
     with pytest.raises(ValueError, match=f"set lanes to at most {lanes}$"):
         resolve(RetrievalConfig(host_memory_gb=1.5, lanes=lanes + 1), **model)
+
+
+def test_lanes_without_rows_to_read_are_refused():
+    with pytest.raises(ValueError, match="lanes=2 have no rows to read with sketch_gb=0; leave out one of them"):
+        RetrievalConfig(lanes=2, sketch_gb=0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_retrieval_attn.device.board import COUNT, HANDED, HOMES, LAYER, MESSAGES, PLACE, POSTED
-from vllm_retrieval_attn.device.decode_step import PAGE, Geometry
+from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, Handed
 from vllm_retrieval_attn.device.lane_share import SHARES, LaneShare
 from vllm_retrieval_attn.device.lanes import Lanes
 
@@ -182,7 +182,7 @@ def test_lanes_that_were_late_are_handed_nothing_until_they_are_idle_for_a_while
     gpu = Gpu(3, 64, "float16", [0])
     try:
         first = gpu.open()
-        gpu.lanes.note(3, first, 1, 0.0)
+        gpu.lanes.note(3, first, True, 1, 0.0)
         assert "did not answer" in caplog.text
         assert gpu.lanes.open_step(3) is None
         now[0] += 2
@@ -191,7 +191,7 @@ def test_lanes_that_were_late_are_handed_nothing_until_they_are_idle_for_a_while
         monkeypatch.setattr(gpu.lanes, "idle", lambda: True)
         again = gpu.open()
         assert (again.share, again.generation) == (first.share, first.generation + 1)
-        gpu.lanes.note(3, first, 1, 0.0)
+        gpu.lanes.note(3, first, True, 1, 0.0)
         now[0] += 1.5  # twice as long by now
         for _ in range(100):
             assert gpu.lanes.open_step(3) is None
@@ -199,6 +199,15 @@ def test_lanes_that_were_late_are_handed_nothing_until_they_are_idle_for_a_while
     finally:
         gpu.lanes.close()
     assert gpu.lanes.late_steps == 2
+
+
+@pytest.mark.parametrize(("share", "worked", "learned"), [(96, True, 1), (96, False, 0), (0, False, 1), (0, True, 0)])
+def test_a_share_is_learned_from_steps_that_had_it(share, worked, learned, monkeypatch):
+    gpu, told = Gpu(3, 64, "float16", [0]), []
+    monkeypatch.setattr(gpu.lanes._share, "learn", lambda *what: told.append(what))
+    gpu.lanes.note(3, Handed(share, 1), worked, 0, 5e-5)
+    gpu.lanes.close()
+    assert told == [(3, share, 5e-5 * 1e6)] * learned
 
 
 def test_a_lane_that_fails_is_handed_nothing(monkeypatch, caplog):

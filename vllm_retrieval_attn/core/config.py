@@ -121,6 +121,8 @@ class RetrievalConfig(BaseModel):
             raise ValueError(f"rows={self.rows} is above max_rows={self.max_rows}; raise max_rows or lower rows")
         if self.tau < self.min_tau:
             raise ValueError(f"tau={self.tau:g} is below min_tau={self.min_tau:g}; lower min_tau or raise tau")
+        if self.lanes and self.sketch_gb == 0:
+            raise ValueError(f"lanes={self.lanes} have no rows to read with sketch_gb=0; leave out one of them")
         return self
 
 

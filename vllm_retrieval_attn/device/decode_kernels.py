@@ -194,9 +194,9 @@ def parts_of(stamps: npt.NDArray[np.int64]) -> dict[str, float]:
     return {part: float(total) * 1e-9 / float(stamps[0]) for part, total in zip(TIMED, sums, strict=True)}
 
 
-def late_of(stamps: npt.NDArray[np.int64]) -> int:
-    """Layers with a late lane."""
-    return int(stamps[-1])
+def lanes_of(stamps: npt.NDArray[np.int64]) -> tuple[bool, int]:
+    """Whether most layers had runs for lanes, and how many had a late one. A layer is told of by the one after it."""
+    return bool(2 * stamps[-2] > stamps[0]), int(stamps[-1])
 
 
 class DecodeKernels:

@@ -20,7 +20,7 @@ from vllm_retrieval_attn.index.rows import (
     scratch,
 )
 from vllm_retrieval_attn.index.vector import widen
-from vllm_retrieval_attn.workers.sync import atomic_add32, fence, futex_wait, futex_wake, read_clock_ns, sched_yield
+from vllm_retrieval_attn.workers.sync import atomic_add, fence, futex_wait, futex_wake, read_clock_ns, sched_yield
 
 _PAGE_BITS, _RUN_TOKENS = 10, 4096
 _PAGE = 1 << _PAGE_BITS
@@ -32,7 +32,7 @@ _TURNS = 64
 """Looks at the board between two looks at the clock, after which other threads of this core may run."""
 STOP, OPEN, SLEEPING = 0, 16, 32
 WORDS = 48
-"""int32 words, each on a line of its own: the host says stop; it opens a step; lanes that sleep."""
+"""int32 words, each on a line of its own: the host says stop; it opens a step; lanes that sleep, in 64 bits."""
 
 
 class LaneMemory(NamedTuple):
@@ -173,11 +173,11 @@ def serve(
         if read_clock_ns() - since < idle_ns:
             sched_yield()
             continue
-        atomic_add32(words.ctypes.data + 4 * SLEEPING, 1)
+        atomic_add(words.ctypes.data + 4 * SLEEPING, 1)
         fence()
         if words[OPEN] == opened and words[STOP] == 0:
             futex_wait(words.ctypes.data + 4 * OPEN, opened, timeout.ctypes.data)
-        atomic_add32(words.ctypes.data + 4 * SLEEPING, -1)
+        atomic_add(words.ctypes.data + 4 * SLEEPING, -1)
 
 
 @jit

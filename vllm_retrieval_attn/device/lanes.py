@@ -114,11 +114,12 @@ class Lanes:
         done = self._board.words[DONE // 8 : (DONE + self.count * LINE) // 8 : LINE // 8]
         return bool((done == self._board.words[LAYER]).all()) or not self._board.words[LAYER]
 
-    def note(self, rows: int, handed: Handed, late: int, seconds: float) -> None:
+    def note(self, rows: int, handed: Handed, worked: bool, late: int, seconds: float) -> None:
         """What a step tells of lanes.
 
         Args:
-            rows, handed: of open_step. late: layers with a late lane. seconds: that reading a layer's rows took.
+            rows, handed: of open_step. worked: whether lanes were handed something in most layers: after a late one
+            they are not. late: layers with a late lane. seconds: that reading a layer's rows took.
         """
         if late:
             self.late_steps += 1
@@ -128,7 +129,7 @@ class Lanes:
                 "for %.0f s", _LIMIT_NS / 1e6, self._pause_s,
             )  # fmt: skip
             self._pause_s = min(2 * self._pause_s, _PAUSES_S[1])
-        else:
+        elif worked == (handed.share > 0):
             self._share.learn(rows, handed.share, seconds * 1e6)
 
     def shares(self) -> dict[str, float]:

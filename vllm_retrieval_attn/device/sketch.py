@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, late_of, parts_of, scratch
+from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, lanes_of, parts_of, scratch
 from vllm_retrieval_attn.device.decode_step import NONE_HANDED, Geometry, Handed, describe
 from vllm_retrieval_attn.device.lanes import Lanes
 from vllm_retrieval_attn.sketch.space import LEARNED, Space, rotation
@@ -172,7 +172,8 @@ class Sketch:
             step.arrived.synchronize()
             self._parts = parts_of(step.counts[-STAMPS:].numpy())
             if self.lanes is not None and step.handed is not None and self._parts:
-                self.lanes.note(step.rows, step.handed, late_of(step.counts[-STAMPS:].numpy()), self._parts["gather"])
+                worked, late = lanes_of(step.counts[-STAMPS:].numpy())
+                self.lanes.note(step.rows, step.handed, worked, late, self._parts["gather"])
             for request_id, rows in zip(step.ids, step.counts[: len(step.ids)].tolist(), strict=True):
                 if request_id is not None and rows:
                     before = found.get(request_id, (0, 0))

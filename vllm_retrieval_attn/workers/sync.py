@@ -111,18 +111,6 @@ def full_fence() -> None:
 
 
 @intrinsic
-def atomic_add32(typingctx: Any, address: Any, value: Any) -> Any:
-    """:func:`atomic_add` of an int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _I32.as_pointer())
-        builder.atomic_rmw("add", pointer, builder.trunc(args[1], _I32), "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
 def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at ``address``, as one step for all threads; returns what was there before."""
 
