@@ -7,10 +7,8 @@ import numpy as np
 import torch
 
 from vllm_retrieval_attn.device import decode_twin as twin
-from vllm_retrieval_attn.device.board import BoardLayout
 from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, parts_of, scratch, scratch_bytes
-from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, Handed, StepRow, descriptor_of, items_of
-from vllm_retrieval_attn.device.lane_loop import STOP, WORDS
+from vllm_retrieval_attn.device.decode_step import PAGE, RUN, Geometry, StepRow, descriptor_of, items_of
 from vllm_retrieval_attn.device.sketch_probe import host_part
 from vllm_retrieval_attn.sketch import codes, sampling
 from vllm_retrieval_attn.sketch.sampling import TILE
@@ -25,10 +23,10 @@ class Machine:
     """Kernels over random memory: 2 layers, 2 KV heads, batches of at most 4 rows.
 
     Args:
-        kernels: a class as DecodeKernels. device: "cuda", or "cpu" for emulated ones. lanes: of its board.
+        kernels: a class as DecodeKernels. device: "cuda", or "cpu" for emulated ones.
     """
 
-    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=20, pages=13, lanes=0):
+    def __init__(self, kernels, device, dim, group, dtype="bfloat16", seed=0, rows=4, entries=20, pages=13):
         self.device = device
         self.geometry = Geometry(
             layers=2, kv_heads=2, group=group, dim=dim, dtype=dtype, rows=rows, entries=entries, host_pages=pages,
@@ -52,11 +50,7 @@ class Machine:
             for name in ("mean", "keys", "queries")
         ]
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device=device)
-        self.board = torch.zeros(BoardLayout(g).bytes, dtype=torch.uint8, pin_memory=device == "cuda")
-        buffers = Buffers(
-            self.arena.data_ptr(), self.sketch, *self.to(*parts), self.descriptor, self.board.data_ptr(), lanes
-        )
-        self.handed, self.words, self.lanes = Handed(), np.zeros(WORDS, np.int32), []
+        buffers = Buffers(self.arena.data_ptr(), self.sketch, *self.to(*parts), self.descriptor)
         self.work = scratch(g, device)
         assert self.work.bytes == scratch_bytes(g)
         self.kernels = kernels(g, buffers, self.work)
@@ -72,9 +66,6 @@ class Machine:
 
     def close(self):
         self.wait()
-        self.words[STOP] = 1
-        for lane in self.lanes:
-            lane.join()
         if self.memory is not None:
             self.memory.close()
 
@@ -113,7 +104,7 @@ class Machine:
 
     def run(self, rows, inputs):
         query, key, value, out, lse = inputs
-        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry, self.handed)))
+        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry)))
         self.kernels.before(LAYER, key, value, query)
         self.kernels.after(LAYER, query, out, lse)
         self.wait()

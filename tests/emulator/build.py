@@ -15,7 +15,7 @@ from vllm_retrieval_attn.device import decode_kernels
 from vllm_retrieval_attn.device.decode_kernels import DecodeKernels
 
 AVAILABLE = shutil.which("g++") is not None
-_PARTS = ("common", "write", "score", "lanes", "weigh", "gather", "merge", "fetch")
+_PARTS = ("common", "write", "score", "weigh", "gather", "merge", "fetch")
 _SIGNATURES = {
     "write_tokens": "*(NewTokens*)a[1]",
     "write_layers": "*(Slots*)a[1]",
@@ -39,8 +39,8 @@ BLOCKS = 5
 
 
 @cache
-def library(dim: int, group: int, dtype: str, lanes: bool) -> ctypes.CDLL:
-    """Compile the kernels of one shape, for lanes or without."""
+def library(dim: int, group: int, dtype: str) -> ctypes.CDLL:
+    """Compile the kernels of one shape."""
     device, folder = Path(decode_kernels.__file__).parent, Path(mkdtemp(prefix="emulated-kernels-"))
     source = "\n".join((device / f"decode_{part}.cuh").read_text() for part in _PARTS)
     source = re.sub(r'#include "decode_.*|#pragma once', "", source)
@@ -54,7 +54,7 @@ def library(dim: int, group: int, dtype: str, lanes: bool) -> ctypes.CDLL:
     (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.hpp"\n{source}\n{entries}\n')
     # Each library has static variables of its own: no unique symbols across them.
     options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
-    shape = [f"-DDIM={dim}", f"-DGROUP={group}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DCPU_LANES={int(lanes)}"]
+    shape = [f"-DDIM={dim}", f"-DGROUP={group}", f"-DBFLOAT16={int(dtype == 'bfloat16')}"]
     subprocess.run(
         ["g++", *options, "-fno-gnu-unique", *shape, f"-I{Path(__file__).parent}", "-o", "kernels.so", "kernels.cpp"],
         cwd=folder, check=True,
@@ -67,12 +67,10 @@ class EmulatedKernels(DecodeKernels):
 
     def __init__(self, geometry, buffers, work):
         self.geometry, self.buffers, self.work = geometry, buffers, work
-        self._library = library(geometry.dim, geometry.group, geometry.dtype, buffers.lanes > 0)
+        self._library = library(geometry.dim, geometry.group, geometry.dtype)
         self._state = self._packed_state()
 
     def _launch(self, name, *more):
         arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
         threads = decode_kernels._THREADS[name]
-        # Blocks run one after the other here, and with lanes some wait for what others post.
-        blocks = 1 if name == "gather_rows" and self.buffers.lanes else BLOCKS
-        getattr(self._library, f"run_{name}")(blocks, threads, ctypes.c_void_p(arguments.ctypes.data))
+        getattr(self._library, f"run_{name}")(BLOCKS, threads, ctypes.c_void_p(arguments.ctypes.data))

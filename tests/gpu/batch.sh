@@ -5,7 +5,6 @@
 #
 #   kernels    tests/gpu/test_decode_kernels.py; parts of a layer (bench.kernels)                               needs no vLLM
 #   sanitize   compute-sanitizer over the kernels' twin tests                                                  needs no vLLM
-#   lanes      what CPU lanes gain                                                                          needs no vLLM
 #   timeline   the picture of one layer                                                                        needs no vLLM
 #   ours full fp8        rows "step 1K, 128K", TTFT, GPU bytes of ours, FLASH_ATTN, FLASH_ATTN with fp8 KV
 #   rivals     page "When not to use it"
@@ -69,16 +68,7 @@ for stage in "$@"; do
     decode --ways full-offload --contexts 131072 --batches 1,3,6 --tokens 40 --options "{$(graphs 1,2,3,6)}"
     decode --ways sketch --fill --contexts 8192,32768 --batches 1,4,16 --tokens 40 --options "{$(graphs 1,2,4,8,16),\"retrieval\":{\"host_memory_gb\":90}}" ;;
   fill) decode --ways sketch --fill --contexts 131072,524288 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":84}}" ;;
-  batch)
-    for lanes in "" ',"lanes":0'; do
-      decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens "${TOKENS:-60}" --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}$lanes}}"
-    done ;;
-  lanes)  # a layer by the share of its rows that CPU lanes read
-    run python3 -m pytest -p no:cacheprovider tests/gpu/test_decode_kernels.py -k lanes
-    for more in "" "--rows-batch 4" "--rows-batch 6 --host-gb 40" "--tokens 32768 --rows-batch 8"; do
-      # shellcheck disable=SC2086
-      run python3 -m vllm_retrieval_attn.bench.kernels --products --json --lanes 14 $more
-    done ;;
+  batch) decode --ways sketch --fill --contexts 131072 --batches "${BATCHES:-1,3,6}" --tokens "${TOKENS:-60}" --options "{$(graphs 1,2,3,4,6),\"retrieval\":{\"host_memory_gb\":${HOST:-121}}}" ;;
   two)  # on two GPUs; the eval's model has heads for two ranks
     export VLLM_ALLREDUCE_USE_SYMM_MEM=0
     for way in sketch full; do

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.decode_lanes import check_lanes
 from tests.decode_machine import (
     LAYER,
     SHAPES,
@@ -57,13 +56,6 @@ def test_codes_of_many_tokens_are_those_of_the_twin():
 def test_layers_written_together_are_those_written_alone():
     with machine_of(128, 4) as machine:
         check_layers_written(machine)
-
-
-@pytest.mark.parametrize("share", [128, 256])
-@pytest.mark.parametrize(("dim", "group", "dtype"), [(64, 5, "float16"), (128, 4, "bfloat16"), (256, 12, "bfloat16")])
-def test_lanes_do_their_share_and_may_be_late(dim, group, dtype, share):
-    with machine_of(dim, group, dtype, seed=dim, lanes=5) as machine:
-        check_lanes(machine, share)
 
 
 def test_pages_are_fetched():

@@ -315,27 +315,3 @@ def test_knobs_survive_resolution_and_json():
         "workers": 1,
     }
     assert type(resolved).model_validate_json(resolved.model_dump_json()) == resolved
-
-
-@pytest.mark.parametrize(
-    ("cpus", "quota", "ranks", "lanes", "of_last"),
-    [(16, 16, 1, 15, 1), (16, 16, 4, 3, 4), (16, 8, 1, 7, 9), (4, 4, 1, 3, 1), (1, 1, 1, 0, 1), (2, 2, 4, 0, 2)],
-)
-def test_lanes_have_cpus_of_their_own_and_leave_vllm_some(cpus, quota, ranks, lanes, of_last, monkeypatch):
-    monkeypatch.setattr(config.os, "sched_getaffinity", lambda pid: set(range(cpus)))
-    monkeypatch.setattr(config, "available_cpus", lambda: quota)
-    model = {**MODEL, "ranks": ranks}
-    assert resolve(RetrievalConfig(host_memory_gb=1.5), **model).lanes == 0
-    resolved = resolve(RetrievalConfig(host_memory_gb=1.5, lanes=lanes), **model)
-    each = [resolved.lane_cpus(rank) for rank in range(ranks)]
-    assert [len(one) for one in each] == [lanes] * ranks
-    taken = [cpu for one in each for cpu in one]
-    assert len(set(taken)) == len(taken)
-    assert min([*taken, cpus]) == of_last if lanes else not taken
-    with pytest.raises(ValueError, match=f"set lanes to at most {lanes}$"):
-        resolve(RetrievalConfig(host_memory_gb=1.5, lanes=lanes + 1), **model)
-
-
-def test_lanes_without_rows_to_read_are_refused():
-    with pytest.raises(ValueError, match="lanes=2 have no rows to read with sketch_gb=0; leave out one of them"):
-        RetrievalConfig(lanes=2, sketch_gb=0)

@@ -3,7 +3,6 @@
 
 import pytest
 
-from tests.decode_lanes import check_lanes
 from tests.decode_machine import (
     Machine,
     check_codes,
@@ -53,16 +52,6 @@ def test_pages_that_do_not_exist_are_skipped():
 
 def test_a_row_read_back_is_attention_to_what_it_read():
     check_host_part(machine_of(80, 3))
-
-
-@pytest.mark.parametrize("share", [128, 256])
-@pytest.mark.parametrize(("dim", "group", "dtype"), [(64, 5, "float16"), (128, 4, "bfloat16")])
-def test_lanes_do_their_share_and_may_be_late(dim, group, dtype, share):
-    machine = machine_of(dim, group, dtype, seed=dim, lanes=3)
-    try:
-        check_lanes(machine, share)
-    finally:
-        machine.close()
 
 
 def test_pages_are_fetched():

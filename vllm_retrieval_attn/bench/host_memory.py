@@ -23,8 +23,7 @@ class HostMemory:
         geometry: shapes. kind: of MEMORIES.
 
     Attributes:
-        pages: (pages, layers, kv_heads, PAGE, 2, d), not contiguous (store/layout.py). bytes: the same, as
-            they lie. address: of the first one.
+        pages: (pages, layers, kv_heads, PAGE, 2, d), not contiguous (store/layout.py). address: of the first one.
     """
 
     def __init__(self, geometry: Geometry, kind: str) -> None:
@@ -44,13 +43,12 @@ class HostMemory:
         else:
             self._pinner = Pinner(int(views.pages.ctypes.data) - layout.pages_offset, layout)
         self.pages = page_tensor(layout, views, getattr(torch, g.dtype))
-        self.bytes = views.pages
         self.address = int(views.pages.ctypes.data)
 
     def close(self) -> None:
         """Give it back."""
         torch.cuda.synchronize()
-        del self.pages, self.bytes
+        del self.pages
         for memory in (self._pinner, self._managed):
             if memory is not None:
                 memory.close()

@@ -9,10 +9,8 @@ by with it. Prints one JSON row.
 import argparse
 import json
 import math
-import os
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,21 +18,9 @@ import torch
 
 from vllm_retrieval_attn.bench.host_memory import MEMORIES, HostMemory
 from vllm_retrieval_attn.bench.timeline import KERNELS
-from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, parts_of, scratch
-from vllm_retrieval_attn.device.decode_step import (
-    PAGE,
-    WHOLE_SHARE,
-    Geometry,
-    Handed,
-    StepRow,
-    descriptor_of,
-    most_entries,
-)
-from vllm_retrieval_attn.device.lanes import Lanes
+from vllm_retrieval_attn.device.decode_kernels import Buffers, DecodeKernels, scratch
+from vllm_retrieval_attn.device.decode_step import PAGE, Geometry, StepRow, descriptor_of, most_entries
 from vllm_retrieval_attn.sketch.space import rotation
-
-_WAKING_S = 0.0005
-"""After which lanes are awake."""
 
 
 class Decode:
@@ -65,12 +51,7 @@ class Decode:
         mean = torch.zeros(2, g.layers, g.kv_heads, g.dim, device="cuda")
         self.descriptor = torch.zeros(g.descriptor_numbers, dtype=torch.int64, device="cuda")
         self.work = scratch(g)
-        self.lanes: Lanes | None = None
-        self.generation = 0
         buffers = Buffers(self.host.address, sketch, mean, turns, turns, self.descriptor)
-        if args.lanes:
-            self.lanes = Lanes(g, self.host.bytes, sorted(os.sched_getaffinity(0))[-args.lanes :])
-            buffers = buffers._replace(board=self.lanes.board.data_ptr(), lanes=self.lanes.count)
         self.kernels = DecodeKernels(g, buffers, self.work)
         for page in range(pages):
             self._fill(page, pages, turn, dtype)
@@ -96,15 +77,8 @@ class Decode:
                 targets[:, 0] = row * pages + page
                 self.kernels.encode(layer, places, targets)
 
-    def close(self) -> None:
-        torch.cuda.synchronize()
-        if self.lanes is not None:
-            self.lanes.close()
-        self.host.close()
-
-    def describe(self, tokens: int, share: int = 0) -> None:
-        """Let all rows of the batch have so many host tokens; the step's own token comes after them. ``share`` of the
-        runs are for lanes, in units of 1 / WHOLE_SHARE."""
+    def describe(self, tokens: int) -> None:
+        """Let all rows of the batch have so many host tokens; the step's own token comes after them."""
         a, pages = self.args, self.geometry.host_pages // self.args.rows_batch
         numbers = [range(row * pages, (row + 1) * pages) for row in range(a.rows_batch)]
         rows = [
@@ -113,8 +87,7 @@ class Decode:
         ]
         if tokens == 0:
             rows = [StepRow(0, -1, 640, a.rows, a.tau, 0, 0, (), ())] * a.rows_batch
-        self.generation += 1  # lanes that were late may work again
-        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry, Handed(share, self.generation))))
+        self.descriptor.copy_(torch.from_numpy(descriptor_of(rows, self.geometry)))
 
     def layer(self, number: int, parts: int) -> None:
         """Launch the first ``parts`` kernels of a layer."""
@@ -147,9 +120,6 @@ class Decode:
         for repeat in range(self.args.repeats + 3):
             for graph, found in zip(graphs, times, strict=True):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                if self.lanes is not None:
-                    self.lanes.wake()
-                    time.sleep(_WAKING_S)
                 begin.record()
                 graph.replay()
                 end.record()
@@ -173,32 +143,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     read = decode.work.read[: args.rows_batch].float().mean().item() / args.layers / args.heads
     decode.describe(0)
     idle = decode.microseconds([whole])[0] - base
-    shares = list(by_share(decode, whole, base)) if decode.lanes is not None else []
-    decode.close()
+    decode.host.close()
     parts = {f"{name}_us": round(b - a, 2) for name, a, b in zip(KERNELS.values(), [0.0, *costs], costs, strict=False)}
     given = {key: value for key, value in vars(args).items() if key not in ("json", "repeats")}
     return {
         **given, **parts, "layer_us": round(costs[-1], 2),
         "idle_layer_us": round(idle, 2), "rows_read_a_head": round(read, 1),
-        **({"by_share": shares} if shares else {}), "scratch_mib": round(decode.work.bytes / 2**20, 1),
-        "device": torch.cuda.get_device_name(),
+        "scratch_mib": round(decode.work.bytes / 2**20, 1), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
-
-
-def by_share(decode: Decode, whole: torch.cuda.CUDAGraph, base: float) -> Iterator[dict[str, Any]]:
-    """A layer's time where lanes do a share of the rows, a row for each share."""
-    args, lanes = decode.args, decode.lanes
-    assert lanes is not None
-    for share in map(int, args.shares.split(",")):
-        decode.describe(args.tokens, share)
-        decode.work.read.zero_()
-        (layer,) = decode.microseconds([whole])
-        parts = parts_of(decode.work.read[-STAMPS:].cpu().numpy())
-        handed, late = decode.work.read[-2:].tolist()
-        yield {
-            "share": round(share / WHOLE_SHARE, 3), "lanes": lanes.count, "layer_us": round(layer - base, 2),
-            "gather_us": round(parts["gather"] * 1e6, 2), "handed_layers": handed, "late_layers": late,
-        }  # fmt: skip
 
 
 def options() -> argparse.ArgumentParser:
@@ -217,8 +169,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=15, help="replays timed")
     parser.add_argument("--host-gb", type=float, default=20, help="host memory that layers rotate over, at most")
     parser.add_argument("--memory", default="managed", choices=MEMORIES, help="kind of the host memory")
-    parser.add_argument("--lanes", type=int, default=0, help="CPU lanes")
-    parser.add_argument("--shares", default="0,32,64,96,128,160", help="of the runs for lanes, in 256ths")
     parser.add_argument("--products", action="store_true", help="a product with 235 MB of weights between layers")
     parser.add_argument("--json", action="store_true", help="print one JSON row, not lines")
     return parser

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_retrieval_attn.core.limits import MOST_LANES, available_cpus, available_memory
+from vllm_retrieval_attn.core.limits import available_cpus, available_memory
 from vllm_retrieval_attn.core.ownership import Split, cdiv
 
 KEY = "retrieval"
@@ -82,9 +82,6 @@ class RetrievalConfig(BaseModel):
     """Ray actors for each tensor-parallel rank; at most one for a KV head. Default: 1."""
     threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     """Search threads in each actor. Default: see default_threads."""
-    lanes: int = Field(0, ge=0, le=MOST_LANES)
-    """Threads of each rank that attend, in a step of one CUDA graph, to a share of the rows beside the GPU; they keep a
-    CPU each busy while several long requests are answered. 0: the GPU reads all rows."""
     ray_address: str | None = None
     """A running Ray cluster on this host, host:port or auto. Default: a local Ray of our own that ends with the
     engine."""
@@ -121,8 +118,6 @@ class RetrievalConfig(BaseModel):
             raise ValueError(f"rows={self.rows} is above max_rows={self.max_rows}; raise max_rows or lower rows")
         if self.tau < self.min_tau:
             raise ValueError(f"tau={self.tau:g} is below min_tau={self.min_tau:g}; lower min_tau or raise tau")
-        if self.lanes and self.sketch_gb == 0:
-            raise ValueError(f"lanes={self.lanes} have no rows to read with sketch_gb=0; leave out one of them")
         return self
 
 
@@ -154,11 +149,6 @@ class ResolvedConfig(RetrievalConfig):
     def sketches(self) -> bool:
         """Whether there is to be a sketch on the GPU."""
         return self.sketch_gb != 0
-
-    def lane_cpus(self, rank: int) -> list[int]:
-        """CPUs of a rank's lanes: the last ones; vLLM's own threads have the first to themselves."""
-        end = max(0, len(self.cpus) - rank * self.lanes)
-        return self.cpus[max(0, end - self.lanes) : end]
 
     @property
     def split(self) -> Split:
@@ -302,12 +292,6 @@ def resolve(
         raise ValueError(
             f"retrieval: workers={workers} is more than the {kv_heads} KV heads of a rank; "
             f"set workers to at most {kv_heads}"
-        )
-    most_lanes = max(0, (min(len(cpus), available_cpus()) - ranks) // ranks)
-    if config.lanes > most_lanes:
-        raise ValueError(
-            f"retrieval: lanes={config.lanes} is more CPUs than vLLM leaves each of {ranks} ranks; "
-            f"set lanes to at most {most_lanes}"
         )
     host_memory_gb = config.host_memory_gb
     free = available_memory() - spoken_for

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psutil
 
-MOST_LANES = 64
-"""CPU lanes of a rank (device/board.py)."""
 _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

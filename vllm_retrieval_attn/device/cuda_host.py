@@ -80,25 +80,19 @@ class CudaHost:
 
     Args:
         arena: of the rank. sketch: likewise. memory: the pages, if they do not lie in the shared file.
-        lane_cpus: a lane runs on each (device/lanes.py), where there is a sketch.
     """
 
     def __init__(
-        self,
-        arena: "Arena",
-        device: torch.device,
-        sketch: Sketch | None,
-        memory: ManagedMemory | None,
-        lane_cpus: list[int],
+        self, arena: "Arena", device: torch.device, sketch: Sketch | None, memory: ManagedMemory | None
     ) -> None:
         lay = arena.layout
         self._layout: Layout = lay
-        self._memory, self._pages, self._sketch = memory, arena.pages, sketch
+        self._memory, self._pages = memory, arena.pages
         self._seen: torch.Tensor | None = None
         self.arena_address = int(arena.views.pages.ctypes.data)
         self.pinner = Pinner(int(arena.views.words.ctypes.data) - lay.parts["words"][0], lay)
         if sketch is not None:
-            sketch.connect(self.arena_address, arena.views.pages, lane_cpus)
+            sketch.connect(self.arena_address)
             arena.codes = sketch.codes
         self.device = device
         self.mirror_stream = torch.cuda.Stream(device)
@@ -171,8 +165,6 @@ class CudaHost:
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
-        if self._sketch is not None:
-            self._sketch.close()
         self.pinner.close()
         if self._memory is not None:
             self._memory.close()

@@ -8,7 +8,6 @@
 #include "decode_common.cuh"
 #include "decode_write.cuh"
 #include "decode_score.cuh"
-#include "decode_lanes.cuh"
 #include "decode_weigh.cuh"
 #include "decode_gather.cuh"
 #include "decode_merge.cuh"

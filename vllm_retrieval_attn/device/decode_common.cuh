@@ -27,8 +27,7 @@ constexpr int COUNT_SHIFT = 43;                        // a bin is count << 43 |
 constexpr int SAMPLE_BITS = 24;
 
 // Header and rows of the descriptor, in int64 (decode_kernels.py writes it).
-constexpr int HEADER = 5, FIELDS = 8;
-enum { HEADER_ROWS, HEADER_ENTRIES, HEADER_SHARE, HEADER_GENERATION, HEADER_LIMIT };  // the last three: decode_lanes.cuh
+constexpr int HEADER = 2, FIELDS = 8;
 enum { ROW_TOKENS, ROW_WRITE, ROW_POSITION, ROW_LIMIT, ROW_TAU, ROW_SEED, ROW_SPACE, ROW_FIRST };
 constexpr double TAU_UNIT = 1e-12;
 
@@ -52,15 +51,12 @@ struct State {
     float2* shares;
     u64* bins;
     float* taus;
-    int *counts, *kept;
+    int* counts;
     u32* ticket;
     u8* taken;
     float* sums;
     float2* stats;
     i64* read;
-    u64* lane_words;
-    u8* board;
-    i64 lanes;
 };
 
 struct Row {
@@ -233,17 +229,13 @@ __device__ __forceinline__ u16 to_element(float x) {
 
 // When a layer's kernels ran: sums over layers of the GPU's clock in ns, modulo 2^64, behind the rows of `read`. Nobody
 // waits for these additions.
-enum { STAMP_LAYERS, STAMP_WRITE, STAMP_SCORE, STAMP_WEIGH, STAMP_GATHER, STAMP_MERGE, STAMP_END, STAMP_HANDED };
-
-__device__ __forceinline__ u64 clock_ns() {
-    u64 now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-}
+enum { STAMP_LAYERS, STAMP_WRITE, STAMP_SCORE, STAMP_WEIGH, STAMP_GATHER, STAMP_MERGE, STAMP_END };
 
 __device__ __forceinline__ void stamp(const State& s, int which) {
     if (blockIdx.x || threadIdx.x || s.descriptor[0] <= 0) return;
-    atomicAdd((u64*)s.read + s.rows + which, clock_ns());
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    atomicAdd((u64*)s.read + s.rows + which, now);
     if (which == STAMP_WRITE) atomicAdd((u64*)s.read + s.rows + STAMP_LAYERS, (u64)1);
 }
 

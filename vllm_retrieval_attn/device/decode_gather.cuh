@@ -15,8 +15,12 @@ constexpr int FLIGHT = 4;                           // chunks that a thread has 
 constexpr int BATCH = FLIGHT * GATHER_THREADS / CHUNKS;  // rows: 16 KB
 constexpr int STRIDE = 2 * DIM + 8;                 // elements of a row in shared memory; shifts banks by 16 bytes
 constexpr int PARTS = 8;                            // threads that share a dot product
+constexpr int LISTED = PAGE;                        // rows that a list holds: all of a page
 constexpr int PAIRS = GROUP * DIM / 2;              // of output elements
 constexpr int PAIRS_A_THREAD = (PAIRS + GATHER_THREADS - 1) / GATHER_THREADS;
+
+// Rows chosen, ascending: number within the run and log pi. homes: row 0 of each page.
+struct Chosen { u16 tokens[LISTED]; float log_pi[LISTED]; const u16* homes[RUN]; int tiles[RUN][TILES]; };
 
 __device__ __forceinline__ u64 mixed(u64 state, u64 value) {  // splitmix64, as sketch/sampling.py
     u64 z = (state ^ value) + 0x9E3779B97F4A7C15ull;
@@ -254,18 +258,11 @@ __device__ __forceinline__ void attend(
 // query (rows, heads, DIM): strides in elements.
 struct Queries { i64 layer; const u16* query; i64 row, head; };
 
-// The task with number `ticket`, and its queries: first all runs that are handed, then the GPU's own, then once more
-// those handed. A lane has as long as the GPU takes for its own.
-__device__ __forceinline__ void begin_task(
-    const State& s, const Queries& q, int rows, const Split& split, int ticket, Task& task, Attention& a
+// Find run `at`, and load its queries.
+__device__ __forceinline__ void begin_run(
+    const State& s, const Queries& q, int rows, int at, Item& item, Attention& a
 ) {
-    const int own = ticket - split.handed, taken = own - split.own;
-    task.what = !CPU_LANES || (own >= 0 && taken < 0) ? OWN : own < 0 ? POST : TAKE;
-    task.at = task.what == POST ? ticket : taken;
-    if (!CPU_LANES || split.share == 0) find(s, rows, own * RUN, true, task.item);
-    else if (task.what == OWN) task.item = nth_run(s, rows, split, own, false, task.place);
-    else task.item = nth_run(s, rows, split, task.at, true, task.place);
-    const Item& item = task.item;
+    find(s, rows, at * RUN, true, item);
     for (int i = threadIdx.x; i < GROUP * DIM && item.head < s.heads; i += GATHER_THREADS)
         a.queries[i / DIM][i % DIM] =
             q.query[item.row.number * q.row + (item.head * GROUP + i / DIM) * q.head + i % DIM];
@@ -278,20 +275,15 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
     __shared__ Chosen chosen;
     __shared__ float2 shares[GROUP];
     __shared__ int following;
-    const int rows = rows_of(s);
+    const int rows = rows_of(s), runs = entries_of(s) / RUN * (int)s.heads;
     stamp(s, STAMP_GATHER);
-    const Split split = split_of(s, rows);
-    const int tickets = 2 * split.handed + split.own;
-    if (CPU_LANES && blockIdx.x == 0 && threadIdx.x == 0) announce(s, split);
-    Task task;
-    int ticket = blockIdx.x;
-    if (ticket < tickets) begin_task(s, q, rows, split, ticket, task, a);
-    while (ticket < tickets) {
+    Item item;
+    int at = blockIdx.x;
+    if (at < runs) begin_run(s, q, rows, at, item, a);
+    while (at < runs) {
         if (threadIdx.x == 0) following = gridDim.x + (int)atomicAdd(s.ticket, 1u);
-        const Item& item = task.item;
-        const int at = item.index / RUN, pages = min(pages_of(item.row) - item.page, RUN);
-        if (task.what == TAKE && lane_did(s, split, task.at)) take(s, split, task, at);
-        else if (pages > 0 && !(task.what == TAKE && kept(s, at))) {
+        const int pages = min(pages_of(item.row) - item.page, RUN);
+        if (pages > 0) {
             const i64 unit = item.row.number * s.heads + item.head;
             if (threadIdx.x < GROUP) {
                 shares[threadIdx.x] = s.shares[unit * GROUP + threadIdx.x];
@@ -305,33 +297,25 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_BLOCKS) gath
             draw_run(s, item, pages, q.layer, shares, tau, seed, drawn, chosen);
             float2 sums[PAIRS_A_THREAD] = {};
             int count = 0;
-            bool posted = false;
             for (int page = 0; page < pages;) {
                 __syncthreads();
                 const int listed = list_pages(drawn, pages, page, chosen);
                 __syncthreads();
+                attend(chosen, listed, (float)s.scale, a, sums);
                 count += listed;
-                posted = task.what == POST && page == pages && count <= POSTED;
-                if (!posted) attend(chosen, listed, (float)s.scale, a, sums);
             }
-            if (threadIdx.x == 0) s.counts[at] = count;
-            if (task.what == POST) {
-                if (threadIdx.x == 0) s.kept[at] = !posted;
-                post(s, split, task, chosen, pages, posted ? count : -1, a.queries);
-            }
-            if (!posted) {
-                float2* out = (float2*)(s.sums + (i64)at * (GROUP * DIM));
+            float2* out = (float2*)(s.sums + (i64)at * (GROUP * DIM));
 #pragma unroll
-                for (int i = 0; i < PAIRS_A_THREAD; i++)
-                    if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
-                if (threadIdx.x < GROUP)
-                    s.stats[(i64)at * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
-            }
+            for (int i = 0; i < PAIRS_A_THREAD; i++)
+                if (threadIdx.x + i * GATHER_THREADS < PAIRS) out[threadIdx.x + i * GATHER_THREADS] = sums[i];
+            if (threadIdx.x < GROUP)
+                s.stats[(i64)at * GROUP + threadIdx.x] = make_float2(a.top[threadIdx.x], a.total[threadIdx.x]);
+            if (threadIdx.x == 0) s.counts[at] = count;
         }
         __syncthreads();
-        ticket = following;
+        at = following;
         __syncthreads();
-        if (ticket < tickets) begin_task(s, q, rows, split, ticket, task, a);
+        if (at < runs) begin_run(s, q, rows, at, item, a);
     }
 }
 

@@ -39,7 +39,6 @@ class Buffers(NamedTuple):
         sketch: uint8, [sketch page][layer][kv_head] blocks of Geometry.block_bytes.
         mean: (2, L, H, d); keys, queries: (2, L, H, d, d): float32, the constant rotation and the learned space.
         descriptor: int64, Geometry.descriptor_numbers, filled as decode_step.describe does.
-        board: device-usable address of the lanes' board (device/board.py); lanes: how many serve it, 0 without one.
     """
 
     arena: int
@@ -48,8 +47,6 @@ class Buffers(NamedTuple):
     keys: torch.Tensor
     queries: torch.Tensor
     descriptor: torch.Tensor
-    board: int = 0
-    lanes: int = 0
 
 
 class Scratch(NamedTuple):
@@ -64,12 +61,10 @@ class Scratch(NamedTuple):
         records: (items, G, 2) float32, top score of a page and sum of exponentials.
         shares: (R, H, G, 2) float32, top score of the whole attention and 1 / sum of exponentials.
         bins: (R, H, 257) int64, histogram of weights. taus: (R, H) float32.
-        counts: (runs,) int32 keys taken of RUN neighbouring items. kept: (runs,) int32, 1: not handed to a lane.
-        ticket: (1,) int32, the next run that nobody takes.
+        counts: (runs,) int32 keys taken of RUN neighbouring items. ticket: (1,) int32, the next run that nobody takes.
         taken: (items, 256) uint8, bit k of byte b: key 4 b + k of the page.
         sums: (runs, G, d) float32, stats: (runs, G, 2) float32: a run's partial, unnormalised, with top and total.
         read: (R + STAMPS,) int64, rows read, ever growing; then time stamps (parts_of).
-        lane_words: (LANE_WORDS,) int64, what the GPU keeps of lanes (decode_lanes.cuh).
     """
 
     digits: torch.Tensor
@@ -81,13 +76,11 @@ class Scratch(NamedTuple):
     bins: torch.Tensor
     taus: torch.Tensor
     counts: torch.Tensor
-    kept: torch.Tensor
     ticket: torch.Tensor
     taken: torch.Tensor
     sums: torch.Tensor
     stats: torch.Tensor
     read: torch.Tensor
-    lane_words: torch.Tensor
 
     @property
     def bytes(self) -> int:
@@ -106,13 +99,11 @@ def _parts(g: Geometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "bins": ((*unit, _BIN_WORDS), torch.int64),
         "taus": (unit, torch.float32),
         "counts": ((g.runs,), torch.int32),
-        "kept": ((g.runs,), torch.int32),
         "ticket": ((1,), torch.int32),
         "taken": ((g.items, PAGE // 4), torch.uint8),
         "sums": ((g.runs, g.group, g.dim), torch.float32),
         "stats": ((g.runs, g.group, 2), torch.float32),
         "read": ((g.rows + STAMPS,), torch.int64),
-        "lane_words": ((LANE_WORDS,), torch.int64),
     }
 
 
@@ -139,9 +130,8 @@ def _called(what: str, result: Any) -> Any:
 
 
 @cache
-def compile_kernels(dim: int, group: int, dtype: str, arch: str, lanes: bool = False) -> bytes:
-    """Machine code of all kernels for one head size, group and element type, and for CPU lanes or without; ``arch``:
-    such as "sm_90".
+def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
+    """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
 
     Raises:
         RuntimeError: NVRTC is missing or refuses.
@@ -164,7 +154,7 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str, lanes: bool = F
         raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
     options = [
         f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
-        f"-DBFLOAT16={int(dtype == 'bfloat16')}", f"-DCPU_LANES={int(lanes)}",
+        f"-DBFLOAT16={int(dtype == 'bfloat16')}",
     ]  # fmt: skip
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:
@@ -177,10 +167,9 @@ def compile_kernels(dim: int, group: int, dtype: str, arch: str, lanes: bool = F
     return code
 
 
-STAMPS = 9
-"""Numbers behind the rows of Scratch.read: layers seen, sums over them of the GPU's clock where each part begins and
-where the last ends; then layers with runs for lanes, and those with a late lane."""
-LANE_WORDS = 4 + 64
+STAMPS = 7
+"""Numbers behind the rows of Scratch.read: layers seen, and sums over them of the GPU's clock where each part begins,
+and where the last ends."""
 TIMED = ("write", "score", "weigh", "gather", "merge")
 
 
@@ -190,13 +179,8 @@ def parts_of(stamps: npt.NDArray[np.int64]) -> dict[str, float]:
     if stamps[0] <= 0:
         return {}
     with np.errstate(over="ignore"):  # sums are modulo 2^64, so their differences are right
-        sums = np.diff(stamps[1 : 2 + len(TIMED)])
+        sums = np.diff(stamps[1:])
     return {part: float(total) * 1e-9 / float(stamps[0]) for part, total in zip(TIMED, sums, strict=True)}
-
-
-def lanes_of(stamps: npt.NDArray[np.int64]) -> tuple[bool, int]:
-    """Whether most layers had runs for lanes, and how many had a late one. A layer is told of by the one after it."""
-    return bool(2 * stamps[-2] > stamps[0]), int(stamps[-1])
 
 
 class DecodeKernels:
@@ -210,7 +194,7 @@ class DecodeKernels:
         self.geometry, self.buffers, self.work = geometry, buffers, work
         properties = torch.cuda.get_device_properties(buffers.sketch.device)
         arch = f"sm_{properties.major}{properties.minor}"
-        self._load(compile_kernels(geometry.dim, geometry.group, geometry.dtype, arch, buffers.lanes > 0))
+        self._load(compile_kernels(geometry.dim, geometry.group, geometry.dtype, arch))
         every = properties.multi_processor_count
         units = geometry.rows * geometry.kv_heads
         self._grids = {
@@ -240,7 +224,7 @@ class DecodeKernels:
         g, b = self.geometry, self.buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
         addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries)
-        return _packed(*fixed, float(g.scale), *addresses, *self.work, b.board, b.lanes)
+        return _packed(*fixed, float(g.scale), *addresses, *self.work)
 
     def _check_buffers(self) -> None:
         g, b = self.geometry, self.buffers

@@ -6,7 +6,6 @@ decode_common.cuh reads what is written here. Nothing here needs CUDA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,8 @@ PAGE = 1024
 TILES = PAGE // TILE
 RUN = 4
 """Neighbouring pages of a row that one block of the GPU attends to; a row's entries are filled up to a multiple."""
-HEADER, FIELDS = 5, 8
-"""int64 numbers at the descriptor's start (rows, entries, what lanes are handed), and of each row after it."""
+HEADER, FIELDS = 2, 8
+"""int64 numbers at the descriptor's start (rows, entries), and of each row after it."""
 DIMS = (64, 80, 96, 128, 256)
 MOST_GROUP = 12
 MOST_LAYERS = 192
@@ -134,23 +133,6 @@ class StepRow:
     sketch_pages: Sequence[int]
 
 
-class Handed(NamedTuple):
-    """What lanes are handed of a step (decode_lanes.cuh).
-
-    Attributes:
-        share: of the runs of each (row, KV head), in units of 1 / WHOLE_SHARE. generation: another one than that in
-            which a lane was late. limit_ns: how long the GPU waits for lanes, from when its own runs are done.
-    """
-
-    share: int = 0
-    generation: int = 0
-    limit_ns: int = 2_000_000
-
-
-WHOLE_SHARE = 256
-NONE_HANDED = Handed()
-
-
 def entries_of(row: StepRow) -> int:
     """Entries that a row has in the descriptor: its pages, filled up to whole runs."""
     return -(-len(row.host_pages) // RUN) * RUN
@@ -161,7 +143,7 @@ def most_entries(pages: int, rows: int) -> int:
     return (pages + (RUN - 1) * min(rows, pages)) // RUN * RUN
 
 
-def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers, handed: Handed = NONE_HANDED) -> int:
+def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers) -> int:
     """Write the descriptor of one step into ``out`` (int64, geometry.descriptor_numbers); returns numbers written.
 
     Raises:
@@ -170,7 +152,7 @@ def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers, handed: 
     entries = sum(map(entries_of, rows))
     if len(rows) > geometry.rows or entries > geometry.entries:
         raise ValueError(f"{len(rows)} rows with {entries} pages exceed {geometry.rows} with {geometry.entries}")
-    out[:HEADER] = len(rows), entries, *handed
+    out[0], out[1] = len(rows), entries
     first, at = 0, HEADER + FIELDS * len(rows)
     for number, row in enumerate(rows):
         if row.tokens >= MOST_TOKENS:
@@ -187,10 +169,10 @@ def describe(rows: Sequence[StepRow], geometry: Geometry, out: Numbers, handed: 
     return at
 
 
-def descriptor_of(rows: Sequence[StepRow], geometry: Geometry, handed: Handed = NONE_HANDED) -> Numbers:
+def descriptor_of(rows: Sequence[StepRow], geometry: Geometry) -> Numbers:
     """:func:`describe` into new memory of full size."""
     out = np.zeros(geometry.descriptor_numbers, np.int64)
-    describe(rows, geometry, out, handed)
+    describe(rows, geometry, out)
     return out
 
 

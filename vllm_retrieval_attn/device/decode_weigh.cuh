@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights: the share of every key in the whole attention, their histogram, and tau (sketch/sampling.py, raised_tau).
 #pragma once
-#include "decode_lanes.cuh"
+#include "decode_common.cuh"
 
 constexpr int WEIGH_THREADS = 256, KEYS_A_THREAD = PAGE / WEIGH_THREADS;
 static_assert(KEYS_A_THREAD == 4 && WEIGH_THREADS == BINS, "a warp has a tile, a thread has a bin");
@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) weigh_keys(const Sta
     __shared__ u32 counts[BINS], lows[BINS], rest;
     const int rows = rows_of(s), thread = threadIdx.x;
     stamp(s, STAMP_WEIGH);
-    if (CPU_LANES && blockIdx.x == 0 && thread == 0) begin_layer(s);
     Item item;
     int begin, end;
     range_of(s, begin, end);

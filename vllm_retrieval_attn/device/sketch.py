@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, lanes_of, parts_of, scratch
-from vllm_retrieval_attn.device.decode_step import NONE_HANDED, Geometry, Handed, describe
-from vllm_retrieval_attn.device.lanes import Lanes
+from vllm_retrieval_attn.device.decode_kernels import STAMPS, Buffers, DecodeKernels, parts_of, scratch
+from vllm_retrieval_attn.device.decode_step import Geometry, describe
 from vllm_retrieval_attn.sketch.space import LEARNED, Space, rotation
 from vllm_retrieval_attn.store.code_pages import CodePages
 
@@ -29,12 +27,9 @@ MOST_SHARE = 0.4
 
 @dataclass
 class _Sent:
-    """A step whose counters are not read yet: its requests, how many of them attend, what lanes were handed (None: they
-    were left out), and the event after which counters lie in ``counts``."""
+    """A step whose counters are not read yet: its requests, and the event after which they lie in ``counts``."""
 
     ids: list[str | None]
-    rows: int
-    handed: Handed | None
     counts: torch.Tensor
     arrived: Any
 
@@ -43,15 +38,14 @@ class Sketch:
     """Codes, spaces, scratch and kernels of one rank.
 
     Args:
-        geometry: shapes. device: the GPU. together: see CodePages; geometry.entries must be enough for it. lanes: how
-            many there are to be.
+        geometry: shapes. device: the GPU. together: see CodePages; geometry.entries must be enough for it.
 
     Attributes:
         codes: which request has which page. kernels: see device/decode_kernels.py.
-        branch: stream of what runs beside the scoring of a layer. lanes: see device/lanes.py; None without any.
+        branch: stream of what runs beside the scoring of a layer.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device, together: int, lanes: int = 0) -> None:
+    def __init__(self, geometry: Geometry, device: torch.device, together: int) -> None:
         self.geometry, self._device = geometry, device
         self.codes = CodePages(geometry.sketch_pages, together)
         layers, heads, dim = geometry.layers, geometry.kv_heads, geometry.dim
@@ -64,7 +58,6 @@ class Sketch:
             keys=turns.contiguous(),
             queries=turns.contiguous(),
             descriptor=torch.zeros(geometry.descriptor_numbers, dtype=torch.int64, device=device),
-            lanes=lanes,
         )
         self._work = scratch(geometry, device)
         self.kernels = DecodeKernels(geometry, self._buffers, self._work)
@@ -74,8 +67,7 @@ class Sketch:
         self._free = [torch.cuda.Event() for _ in range(_SLOTS)]
         self._counts = [torch.zeros(rows + STAMPS, dtype=torch.int64, pin_memory=True) for _ in range(_SLOTS)]
         self._slot = 0
-        self.lanes: Lanes | None = None
-        self._open: tuple[list[str | None], int, Handed | None] | None = None
+        self._open: list[str | None] | None = None
         self._sent: list[_Sent] = []
         self._parts: dict[str, float] = {}
         self._caches: dict[int, torch.Tensor] = {}
@@ -92,40 +84,25 @@ class Sketch:
         parts = (self._buffers.mean, self._buffers.keys, self._buffers.queries, self._buffers.descriptor)
         return self._work.bytes + sum(part.numel() * part.element_size() for part in parts)
 
-    def connect(self, arena_address: int, memory: npt.NDArray[np.uint8], cpus: list[int]) -> None:
-        """Tell the kernels where the arena lies, pinned, and start the lanes, on ``cpus``. Graphs captured before
-        read no row. ``memory``: the arena's bytes."""
+    def connect(self, arena_address: int) -> None:
+        """Tell the kernels where the arena lies, pinned. Graphs captured before read no row."""
         self._buffers = self._buffers._replace(arena=arena_address)
-        if cpus:
-            self.lanes = Lanes(self.geometry, memory, cpus)
-            self._buffers = self._buffers._replace(board=self.lanes.board.data_ptr(), lanes=self.lanes.count)
         self.kernels.move(self._buffers)
-
-    def close(self) -> None:
-        """End the lanes. The GPU must be done with what they read."""
-        if self.lanes is not None:
-            self.lanes.close()
 
     def set_space(self, space: Space) -> None:
         """Take the model's own space, those of all KV heads, layer after layer; requests opened from now on use it."""
         for target, part in zip(self._buffers[2:5], (space.mean, space.keys, space.queries), strict=True):
             target[LEARNED] = torch.from_numpy(part).to(self._device).view_as(target[LEARNED])
 
-    def send(self, plan: "SketchPlan | None", graph: bool = False) -> None:
-        """Let the kernels of this step see ``plan``'s rows; None: no row. ``graph``: they are replayed in one go, so
-        that lanes, which look for layers all the while, may take a share."""
+    def send(self, plan: "SketchPlan | None") -> None:
+        """Let the kernels of this step see ``plan``'s rows; None: no row."""
         slot = self._slot = (self._slot + 1) % _SLOTS
         self._free[slot].synchronize()  # long ago, unless many steps are in flight
         staged = self._staged[slot]
-        rows, handed = 0, None
-        if plan is not None and plan.attends:
-            rows = sum(row.tokens > 0 for row in plan.rows)
-            if graph and rows and self.lanes is not None:
-                handed = self.lanes.open_step(rows)
-        used = describe([] if plan is None else plan.rows, self.geometry, staged.numpy(), handed or NONE_HANDED)
+        used = describe([] if plan is None else plan.rows, self.geometry, staged.numpy())
         self._buffers.descriptor[:used].copy_(staged[:used], non_blocking=True)
         self._free[slot].record()
-        self._open = None if plan is None or not plan.attends else (plan.ids, rows, handed)
+        self._open = None if plan is None or not plan.attends else plan.ids
 
     def finish(self) -> None:
         """The step's kernels are under way: let their counters follow."""
@@ -136,7 +113,7 @@ class Sketch:
         self._work.read.zero_()
         arrived = torch.cuda.Event()
         arrived.record()
-        self._sent.append(_Sent(*self._open, counts, arrived))
+        self._sent.append(_Sent(self._open, counts, arrived))
         self._open = None
 
     def write_after_last(self, layer: int, cache: torch.Tensor, slots: torch.Tensor) -> None:
@@ -171,9 +148,6 @@ class Sketch:
             step = self._sent.pop(0)
             step.arrived.synchronize()
             self._parts = parts_of(step.counts[-STAMPS:].numpy())
-            if self.lanes is not None and step.handed is not None and self._parts:
-                worked, late = lanes_of(step.counts[-STAMPS:].numpy())
-                self.lanes.note(step.rows, step.handed, worked, late, self._parts["gather"])
             for request_id, rows in zip(step.ids, step.counts[: len(step.ids)].tolist(), strict=True):
                 if request_id is not None and rows:
                     before = found.get(request_id, (0, 0))

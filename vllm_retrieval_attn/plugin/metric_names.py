@@ -37,9 +37,6 @@ GAUGES = {
     ),
     "sketch_bytes": Metric("GPU memory for codes of host keys, by kind: used, capacity.", "kind"),
     "sketch_usage_ratio": Metric("Used share of the GPU memory for codes, of the rank that has least left.", over=max),
-    "lane_share": Metric(
-        "Share of the host rows that CPU lanes read beside the GPU, by the most rows of a batch.", "batch", min
-    ),
     "host_tokens": Metric("Tokens of live requests that host memory holds.", over=max),
     "paged_tokens": Metric("Tokens of live requests that paged memory holds, sinks and windows above all."),
     "host_requests": Metric("Live requests that hold host memory.", over=max),
@@ -78,7 +75,6 @@ COUNTERS = {
     "prefix_hits": Metric("Requests that began with what was kept of their prompt."),
     "prefix_hit_tokens": Metric("Prompt tokens that need not be computed for that."),
     "prefix_evicted_pages": Metric("Kept host pages that were dropped, as their memory was wanted."),
-    "lane_late_steps": Metric("Steps in which a CPU lane was late, so that the GPU read its rows as well.", over=max),
     "compared_steps": Metric("Decode steps compared with exact attention.", over=max),
 }  # fmt: skip
 HISTOGRAMS = {

@@ -67,7 +67,7 @@ def load_sketch(vllm_config: "VllmConfig", layer: Any) -> None:
     except ValueError as error:  # a shape that the kernels are not written for
         raise ValueError(f"retrieval: {error}; set sketch_gb to 0, so that the CPU searches alone") from None
     pages = _least_of_ranks(pages, config.ranks)
-    sketch = Sketch(geometry(pages), device, shares * pages, config.lanes)
+    sketch = Sketch(geometry(pages), device, shares * pages)
     keep_sketch(sketch)
     logger.info(
         "retrieval: codes of %d host tokens take %.2f GB of the GPU, and %.2f GB beside; host memory holds %d tokens",

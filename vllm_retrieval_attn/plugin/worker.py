@@ -115,7 +115,7 @@ class RetrievalWorker:
             if memory is not None:
                 layout = replace(layout, pages_at=memory.address)
             self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks, memory.array if memory else None)
-            self.cuda = CudaHost(self.arena, device, self.sketch, memory, config.lane_cpus(rank))
+            self.cuda = CudaHost(self.arena, device, self.sketch, memory)
         else:
             self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks)
         self._prefixes = PrefixPages(
@@ -161,7 +161,7 @@ class RetrievalWorker:
             plan = self.plan(metadata, graph=True)
             if self.paged and plan is not None and plan.sketch is not None and plan.sketch.attends:
                 raise RuntimeError("retrieval: a row attends to the host in a step that was taken to need none")
-            self.sketch.send(plan.sketch if plan is not None else None, graph=True)
+            self.sketch.send(plan.sketch if plan is not None else None)
             self.graph_steps += 1
             self.paged_steps += self.paged
 

@@ -69,8 +69,7 @@ class WorkerStats:
         probes = self._worker.sampler.probes if self._worker.sampler is not None else 0
         restarts = self._worker.pool.restarts
         ever = {key("worker_restarts", reason): restarts[reason] for reason in RESTARTS}
-        late = lanes.late_steps if (lanes := self._lanes) is not None else 0
-        for name, value in {**ever, "compared_steps": probes, "lane_late_steps": late}.items():
+        for name, value in {**ever, "compared_steps": probes}.items():
             self.count(name, value - self._before.get(name, 0))
             self._before[name] = value
         more, self._more = self._more, {}
@@ -78,10 +77,6 @@ class WorkerStats:
         self._parts = {}
         lists = {"workers": self._workers()}
         return RetrievalStats.of(self._source, self._gauges(now), more, seen, lists)
-
-    @property
-    def _lanes(self) -> Any:
-        return self._worker.sketch.lanes if self._worker.sketch is not None else None
 
     def _workers(self) -> list[dict[str, Any]]:
         pool = self._worker.pool
@@ -111,8 +106,6 @@ class WorkerStats:
                 key("sketch_bytes", "used"): used * size, key("sketch_bytes", "capacity"): codes.pages * size,
                 "sketch_usage_ratio": used / max(1, codes.pages),
             }  # fmt: skip
-        if self._lanes is not None:
-            gauges |= {key("lane_share", batch): share for batch, share in self._lanes.shares().items()}
         figures = worker.sampler.figures() if worker.sampler is not None else {}
         for layers, of in figures.items():
             gauges |= {key(name, layers.removeprefix("layers ")): value for name, value in of.items()}
