@@ -23,6 +23,7 @@ def worker(codes: CodePages | None, *stores: RequestStore) -> RetrievalWorker:
     made = object.__new__(RetrievalWorker)
     made._default_options, made._options, made.sampler = SearchOptions(), {}, None
     made.sketch = SimpleNamespace() if codes is not None else None
+    made.asking = None
     layout = SimpleNamespace(page_tokens_owned=lambda tokens: -(-tokens // PAGE))
     requests = {store.request_id: store for store in stores}
     made.arena = SimpleNamespace(
@@ -81,6 +82,14 @@ def test_a_request_about_to_lose_its_codes_may_not():
 def test_without_a_sketch_nothing_is_asked():
     made = worker(None, store("a", 10, []))
     assert needs_pieces(made, StepMessage(admitted={"a": 1}), a=1) is False
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_graph_may_ask_the_workers_but_where_a_step_is_to_be_compared(drawn):
+    made = worker(None, store("a", 10, [], sketched=False))
+    made.asking, made.sampler = SimpleNamespace(), SimpleNamespace(draw=lambda: drawn)
+    exact = {"a": SearchOptions(exact=True)}
+    assert needs_pieces(made, StepMessage(admitted={"a": 1}, options=exact), a=1) is drawn
 
 
 @pytest.mark.parametrize("drawn", [True, False])

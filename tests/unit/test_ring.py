@@ -293,10 +293,10 @@ def test_a_row_of_no_numbers_changes_no_other(rings):
 def test_indexes_stay_while_their_message_is_open_and_go_when_it_is_over(rings):
     ring = rings(make_layout(kv_heads=2, group=2, **LONG))
     message, _ = ring.fill(0, [3000], 3, [2048])
-    ring.views.header[:] = 0, 1, -1
+    ring.views.header[:] = 0, 1, -1, 0
     ring.views.rows[:1] = message
     desk = ring.desks[0]
-    desk.lay_out()
+    desk.lay_out(0)
     known = [weakref.ref(entry.index) for entry in desk._indexes._entries.values()]
     ring.views.slots[message[0, 0], SLOT_GENERATION] = 0  # given up
     desk._indexes.drop_stale()

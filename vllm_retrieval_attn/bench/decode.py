@@ -166,7 +166,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     if worker is not None and way in ("sketch", "faiss"):
         sampling["extra_args"] = {"retrieval_rows": load.rows}
     engine.max_blocks.clear()
-    degraded = worker.degraded_steps if worker is not None else 0
+    degraded = worker.answers.degraded_steps if worker is not None else 0
     begin = time.perf_counter()
     names = [engine.add(_prompt(load.context, vocabulary, seed), **sampling) for seed in range(load.batch)]
     stamps: list[float] = []
@@ -210,7 +210,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         "rows_mean": round(statistics.mean(report["rows_read"] for report in reports), 1) if reports else None,
         "path": "/".join(sorted({report["path"] for report in reports})) or None,
         "graph": round((graphs[-1] - graphs[_SKIP]) / len(steps), 3) if worker is not None else None,
-        "degraded": worker.degraded_steps - degraded if worker is not None else None,
+        "degraded": worker.answers.degraded_steps - degraded if worker is not None else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 

@@ -151,6 +151,11 @@ class ResolvedConfig(RetrievalConfig):
         return self.sketch_gb != 0
 
     @property
+    def asks(self) -> bool:
+        """Whether CPU workers answer decode rows, which are no part of a sketch."""
+        return self.index != "none" and not self.sketches
+
+    @property
     def split(self) -> Split:
         return Split(self.sink_tokens, self.window_tokens, self.resident_tokens, self.block_size)
 

@@ -92,7 +92,7 @@ class CpuLayer:
             assert worker is not None
             worker.arena.queries[: len(searched)] = query[torch.from_numpy(plan.decode_tokens)]
             worker.arena.outside[: len(searched)] = paged_lse
-            worker.post(layer, plan)
+            worker.answers.post(layer, plan)
         streamed = {item.row: item for item in plan.prefill} if plan is not None else {}
         for row, first, last in spans:
             if last - first > 1:
@@ -177,7 +177,7 @@ class CpuLayer:
         output: torch.Tensor,
     ) -> None:
         found, found_lse = torch.empty_like(paged), torch.empty_like(paged_lse)
-        if not worker.collect(plan, found.numpy(), found_lse.numpy()):
+        if not worker.answers.collect(plan, found.numpy(), found_lse.numpy()):
             self._attend_here(worker, layer, plan, paged, paged_lse, output)
             return
         if worker.sampler is not None and worker.sampler.active:

@@ -104,8 +104,9 @@ class CudaLayer:
 
         sketch = current_sketch()
         if metadata.graph:
-            assert sketch is not None
-            if metadata.paged:
+            if sketch is None:
+                self._ask(worker, layer, (query, key, value), output, attend_paged)
+            elif metadata.paged:
                 sketch.write_after_last(layer, kv_cache, metadata.slot_mapping)
                 attend_paged(False)
             else:
@@ -137,6 +138,22 @@ class CudaLayer:
             self._attend_chosen(worker, layer, plan, (query, key, value), output, lse)
         if search:
             self._collect(worker, layer, plan, query, output, lse)
+
+    @staticmethod
+    def _ask(
+        worker: "RetrievalWorker | None",
+        layer: int,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        attend_paged: Callable[[bool], torch.Tensor | None],
+    ) -> None:
+        """A layer of a captured step that CPU workers answer. Arguments as :func:`_decode`'s."""
+        if worker is None:  # vLLM captures once to see what graphs take, before there is a host side
+            attend_paged(False)
+            return
+        lse = attend_paged(True)
+        assert lse is not None
+        worker.cuda.ask_kernels.layer(layer, inputs, output, lse)
 
     def _attend_chosen(
         self,
@@ -199,7 +216,7 @@ class CudaLayer:
         worker.arena.outside[:decoding].copy_(lse.index_select(1, tokens).T, non_blocking=True)
         host.queries_out.record()
         host.queries_out.synchronize()
-        worker.post(layer, plan)
+        worker.answers.post(layer, plan)
 
     def _collect(
         self,
@@ -213,7 +230,7 @@ class CudaLayer:
         """Wait for the actors, merge on the GPU."""
         host, decoding = worker.cuda, len(plan.decode_tokens)
         found, found_lse = host.found[:decoding], host.found_lse[:decoding]
-        if not worker.collect(plan, found.numpy(), found_lse.numpy()):
+        if not worker.answers.collect(plan, found.numpy(), found_lse.numpy()):
             self._attend_here(worker, layer, plan, query, output, lse)
             return
         if worker.sampler is not None and worker.sampler.active:

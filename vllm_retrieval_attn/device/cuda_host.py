@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_retrieval_attn.device.ask_kernels import AskKernels
 from vllm_retrieval_attn.device.prefill_stream import Stage, send
 from vllm_retrieval_attn.device.sketch import Sketch
 from vllm_retrieval_attn.device.sketch_plan import SketchPlan
@@ -79,11 +80,20 @@ class CudaHost:
     """What all layers of a rank share: streams, pinned buffers, staging for the prefill stream.
 
     Args:
-        arena: of the rank. sketch: likewise. memory: the pages, if they do not lie in the shared file.
+        arena: of the rank. sketch: likewise. memory: the pages, if they do not lie in the shared file. scale: of the
+            softmax.
+
+    Attributes:
+        ask_kernels: by which CPU workers answer within a graph; None where a sketch does without them.
     """
 
     def __init__(
-        self, arena: "Arena", device: torch.device, sketch: Sketch | None, memory: ManagedMemory | None
+        self,
+        arena: "Arena",
+        device: torch.device,
+        sketch: Sketch | None,
+        memory: ManagedMemory | None,
+        scale: float,
     ) -> None:
         lay = arena.layout
         self._layout: Layout = lay
@@ -104,6 +114,7 @@ class CudaHost:
         self.found_lse = torch.empty(shape[:2], dtype=torch.float32, pin_memory=True)
         fetching = sketch.kernels if sketch is not None and memory is not None else None
         self.stage = Stage(lay, arena.pages, device, fetching)
+        self.ask_kernels = AskKernels(lay, arena.views, scale, device) if sketch is None else None
 
     def plan(self, plan: "StepPlan") -> DevicePlan:
         """Send a step's index arrays to the GPU, once for all layers."""

@@ -5,8 +5,6 @@ Every launch goes to torch's current stream, allocates nothing, waits for nothin
 may be captured into a CUDA graph. NVRTC and cuda.bindings come with torch.
 """
 
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from vllm_retrieval_attn.device.decode_step import MOST_LAYERS, PAGE, TILES, Geometry
+from vllm_retrieval_attn.device.launching import Kernels, failed, packed
 from vllm_retrieval_attn.sketch.sampling import TILE
 
-_FOLDER = Path(__file__).parent
 _MAIN = "decode.cu"
 _THREADS = {
     "write_tokens": 512, "encode_tokens": 256, "score_keys": 256, "weigh_keys": 256, "gather_rows": 256,
@@ -117,56 +115,6 @@ def scratch_bytes(geometry: Geometry) -> int:
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in _parts(geometry).values())
 
 
-def _failed(what: str, detail: Any) -> RuntimeError:
-    return RuntimeError(f"retrieval: {what}: {detail}")
-
-
-def _called(what: str, result: Any) -> Any:
-    """The value of a call of cuda.bindings; RuntimeError if it failed."""
-    status, *values = result
-    if int(status) != 0:
-        raise _failed(f"{what} failed", status)
-    return values[0] if values else None
-
-
-@cache
-def compile_kernels(dim: int, group: int, dtype: str, arch: str) -> bytes:
-    """Machine code of all kernels for one head size, group and element type; ``arch``: such as "sm_90".
-
-    Raises:
-        RuntimeError: NVRTC is missing or refuses.
-    """
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError as missing:
-        raise _failed("decode kernels need cuda-bindings, which torch for CUDA brings", missing) from None
-    parts = sorted(_FOLDER.glob("decode_*.cuh"))
-    source = (_FOLDER / _MAIN).read_bytes()
-    headers = [part.read_bytes() for part in parts]
-    names = [part.name.encode() for part in parts]
-    try:
-        program = _called(
-            "nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(source, _MAIN.encode(), len(parts), headers, names)
-        )
-    except RuntimeError as missing:  # the library is loaded at the first call
-        if str(missing).startswith("retrieval:"):
-            raise
-        raise _failed("decode kernels need NVRTC, which comes with torch for CUDA", missing) from None
-    options = [
-        f"--gpu-architecture={arch}", "--std=c++17", f"-DDIM={dim}", f"-DGROUP={group}",
-        f"-DBFLOAT16={int(dtype == 'bfloat16')}",
-    ]  # fmt: skip
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if int(status) != 0:
-        log = b" " * _called("nvrtcGetProgramLogSize", nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise _failed(f"decode kernels do not compile for {arch}", log.decode(errors="replace").strip("\0 \n"))
-    code = b" " * _called("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))
-    _called("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, code))
-    nvrtc.nvrtcDestroyProgram(program)
-    return code
-
-
 STAMPS = 7
 """Numbers behind the rows of Scratch.read: layers seen, and sums over them of the GPU's clock where each part begins,
 and where the last ends."""
@@ -192,12 +140,12 @@ class DecodeKernels:
 
     def __init__(self, geometry: Geometry, buffers: Buffers, work: Scratch) -> None:
         self.geometry, self.buffers, self.work = geometry, buffers, work
-        properties = torch.cuda.get_device_properties(buffers.sketch.device)
-        arch = f"sm_{properties.major}{properties.minor}"
-        self._load(compile_kernels(geometry.dim, geometry.group, geometry.dtype, arch))
-        every = properties.multi_processor_count
+        self._kernels = kernels = Kernels(
+            _MAIN, geometry.dim, geometry.group, geometry.dtype, _THREADS, buffers.sketch.device
+        )
+        every = kernels.multiprocessors
         units = geometry.rows * geometry.kv_heads
-        self._grids = {
+        grids = {
             "write_tokens": min(2 * units, 2 * every),
             "merge_parts": min(units * geometry.group, 4 * every),
             "list_rows": min(units, 2 * every),
@@ -206,11 +154,9 @@ class DecodeKernels:
             "fetch_pages": _FETCH_BLOCKS,
         }
         for name in ("score_keys", "weigh_keys", "gather_rows"):
-            blocks = self._called(
-                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], _THREADS[name], 0)
-            )
-            self._grids[name] = min(max(blocks, 1) * every, geometry.items)
-        self._configs = {name: self._config(name, properties.major >= 9) for name in _THREADS}
+            grids[name] = min(kernels.resident(name), geometry.items)
+        for name, blocks in grids.items():
+            kernels.set_grid(name, blocks, kernels.chains and name in _CHAINED)
         self.move(buffers)
 
     def move(self, buffers: Buffers) -> None:
@@ -224,7 +170,7 @@ class DecodeKernels:
         g, b = self.geometry, self.buffers
         fixed = (g.layers, g.kv_heads, g.rows, g.entries, g.host_pages, g.sketch_pages, g.first_head)
         addresses = (b.descriptor, b.sketch, b.arena, b.mean, b.keys, b.queries)
-        return _packed(*fixed, float(g.scale), *addresses, *self.work)
+        return packed(*fixed, float(g.scale), *addresses, *self.work)
 
     def _check_buffers(self) -> None:
         g, b = self.geometry, self.buffers
@@ -238,44 +184,12 @@ class DecodeKernels:
         }
         for name, (part, size, dtype) in wanted.items():
             if part.numel() < size or part.dtype != dtype or not part.is_contiguous() or not part.is_cuda:
-                raise _failed(f"buffer {name}", f"needs {size} contiguous {dtype} on the GPU, has {part.numel()}")
+                raise failed(f"buffer {name}", f"needs {size} contiguous {dtype} on the GPU, has {part.numel()}")
         if b.arena % 16 or b.sketch.data_ptr() % 16:
-            raise _failed("buffers", "arena and sketch must be aligned to 16 bytes")
-
-    def _load(self, code: bytes) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
-        torch.zeros(1, device=self.buffers.sketch.device)  # torch has made its context current
-        module = self._called(driver.cuModuleLoadData(code))
-        self._functions = {
-            name: self._called(driver.cuModuleGetFunction(module, name.encode())) for name in _THREADS
-        }  # fmt: skip
-        for function in self._functions.values():  # lazy loading takes the context's lock until the GPU drains
-            self._called(driver.cuFuncLoad(function))
-
-    def _config(self, name: str, chains: bool) -> Any:
-        driver = self._driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = self._grids[name], 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS[name], 1, 1
-        if chains and name in _CHAINED:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
-        return config
-
-    @staticmethod
-    def _called(result: Any) -> Any:
-        return _called("a CUDA call of the decode kernels", result)
+            raise failed("buffers", "arena and sketch must be aligned to 16 bytes")
 
     def _launch(self, name: str, *more: np.ndarray[Any, Any]) -> None:
-        arguments = np.array([part.ctypes.data for part in (self._state, *more)], np.uint64)
-        stream = torch.cuda.current_stream().cuda_stream
-        config = self._configs[name]
-        config.hStream = stream
-        self._called(self._driver.cuLaunchKernelEx(config, self._functions[name], arguments.ctypes.data, 0))
+        self._kernels.launch(name, self._state, *more)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
         """K and V of the rows' new tokens to their host pages, their codes to the sketch, the queries as integers.
@@ -285,9 +199,9 @@ class DecodeKernels:
         """
         for part in (key, value):
             if part.stride(-1) != 1 or part.stride(0) % 8 or part.stride(1) % 8 or part.data_ptr() % 16:
-                raise _failed("decode kernels", "keys and values need 16-byte aligned rows")
+                raise failed("decode kernels", "keys and values need 16-byte aligned rows")
         strides = (part.stride(axis) for part in (key, value, query) for axis in (0, 1))
-        self._launch("write_tokens", _packed(layer, key, value, query, *strides))
+        self._launch("write_tokens", packed(layer, key, value, query, *strides))
 
     def write_layers(self, caches: list[torch.Tensor], slots: list[torch.Tensor]) -> None:
         """What :meth:`write` does for keys and values, of all layers at once, from the paged cache.
@@ -298,10 +212,10 @@ class DecodeKernels:
         """
         first = caches[0]
         if any(cache.stride() != first.stride() or cache.data_ptr() % 16 for cache in caches) or first.stride(-1) != 1:
-            raise _failed("decode kernels", "the layers' paged caches are not alike")
+            raise failed("decode kernels", "the layers' paged caches are not alike")
         spare = (0,) * (MOST_LAYERS - len(caches))
         shape = (first.shape[2], first.stride(0), first.stride(1), first.stride(2))
-        self._launch("write_layers", _packed(*shape, *caches, *spare, *slots, *spare))
+        self._launch("write_layers", packed(*shape, *caches, *spare, *slots, *spare))
 
     def encode(self, layer: int, places: torch.Tensor, targets: torch.Tensor) -> None:
         """Codes and steps of many tokens.
@@ -310,28 +224,28 @@ class DecodeKernels:
             places: (T, H, d) float32 contiguous coordinates. targets: (T, 2) int64 contiguous, sketch page and offset
                 of each token; a page of -1: not coded.
         """
-        self._launch("encode_tokens", _packed(layer), _packed(places), _packed(targets), _packed(len(targets)))
+        self._launch("encode_tokens", packed(layer), packed(places), packed(targets), packed(len(targets)))
 
     def fetch(self, layer: int, pages: torch.Tensor, out: torch.Tensor) -> None:
         """Copy host pages (n,) int64 of a layer into ``out`` (n, H, PAGE, 2, d) of the dtype, contiguous."""
-        self._launch("fetch_pages", _packed(layer, pages, len(pages), out))
+        self._launch("fetch_pages", packed(layer, pages, len(pages), out))
 
     def score(self, layer: int) -> None:
         """Estimated scores of all coded keys of the rows that have more of them than their limit."""
-        self._launch("score_keys", _packed(layer))
+        self._launch("score_keys", packed(layer))
 
     def weigh(self, lse: torch.Tensor) -> None:
         """Weights and their histogram. lse: (H * G, R) float32 of the paged part, +-inf where it has no keys."""
-        self._launch("weigh_keys", _packed(lse, lse.stride(0), lse.stride(1)))
+        self._launch("weigh_keys", packed(lse, lse.stride(0), lse.stride(1)))
 
     def gather(self, layer: int, query: torch.Tensor) -> None:
         """Choose rows and attend to them. query: (R, H * G, d)."""
-        self._launch("gather_rows", _packed(layer, query, query.stride(0), query.stride(1)))
+        self._launch("gather_rows", packed(layer, query, query.stride(0), query.stride(1)))
 
     def merge(self, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge into ``out`` (R, H * G, d) of the dtype, whose log-sum-exp is ``lse`` as in :meth:`weigh`."""
-        paged = _packed(lse, lse.stride(0), lse.stride(1))
-        self._launch("merge_parts", paged, _packed(out, out.stride(0), out.stride(1)))
+        paged = packed(lse, lse.stride(0), lse.stride(1))
+        self._launch("merge_parts", paged, packed(out, out.stride(0), out.stride(1)))
 
     def before(self, layer: int, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor) -> None:
         """What of a layer does not need FlashAttention's part."""
@@ -351,16 +265,5 @@ class DecodeKernels:
         ids = torch.zeros(shape, dtype=torch.int32, device=device)
         log_pi = torch.zeros(shape, device=device)
         counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-        self._launch("list_rows", _packed(ids, log_pi, counts, capacity))
+        self._launch("list_rows", packed(ids, log_pi, counts, capacity))
         return ids, log_pi, counts
-
-
-def _packed(*values: torch.Tensor | int | float) -> np.ndarray[Any, Any]:
-    """A kernel's struct whose fields all have eight bytes; tensors become addresses."""
-    found = np.empty(len(values), np.int64)
-    for i, value in enumerate(values):
-        if isinstance(value, float):
-            found[i] = np.float64(value).view(np.int64)
-        else:
-            found[i] = value.data_ptr() if isinstance(value, torch.Tensor) else value
-    return found

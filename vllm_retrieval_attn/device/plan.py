@@ -89,7 +89,7 @@ def make_plan(
     Args:
         epochs: admission epoch of each request that may need the host; rows of others stay in pages.
         split: where tokens are divided. options: how to search for a request.
-        graph: the step replays a graph, whose kernels write to the host themselves.
+        graph: the step replays a graph; those of a sketch find out themselves where tokens go.
 
     Raises:
         RuntimeError: scheduler and worker disagree on what a request has on the host.
@@ -122,7 +122,7 @@ def make_plan(
             raise RuntimeError(f"retrieval: {request_id}: host tokens {store.tokens} to {old} were never written")
         if new > old:
             arena.grow(store, new)
-            if not graph:
+            if not graph or sketch is None:
                 _copy_tokens(arena, store, (old, new), start + length, mirrored, coded)
             store.written(new)
         host_tokens = int(metadata.windows[row]) - sinks

@@ -63,7 +63,7 @@ def prepare(args: Any) -> RetrievalConfig:
         kv_connector=CONNECTOR,
         kv_connector_module_path=CONNECTOR_MODULE,
         kv_role="kv_both",
-        kv_connector_extra_config={GRAPHS_KEY: knobs.sketch_gb != 0},
+        kv_connector_extra_config={GRAPHS_KEY: knobs.index != "none" and not current_platform.is_cpu()},
     )
     if not args.worker_extension_cls:  # a user's own stays; the routes that need ours then say so
         args.worker_extension_cls = EXTENSION

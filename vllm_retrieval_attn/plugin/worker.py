@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_retrieval_attn.core.options import SearchOptions, search_options
+from vllm_retrieval_attn.device.asking import Asking
 from vllm_retrieval_attn.device.fidelity import DecodeSampler
 from vllm_retrieval_attn.device.plan import StepPlan, make_plan
 from vllm_retrieval_attn.plugin.ahead import may_attend, needs_workers
+from vllm_retrieval_attn.plugin.answers import Answers
 from vllm_retrieval_attn.plugin.arena_layout import arena_layout, retrieval_layers, summary, with_block_size
 from vllm_retrieval_attn.plugin.compat import patch_runner
 from vllm_retrieval_attn.plugin.identity import model_identity
@@ -23,9 +25,8 @@ from vllm_retrieval_attn.plugin.prefix_pages import PrefixPages
 from vllm_retrieval_attn.plugin.worker_stats import WorkerStats
 from vllm_retrieval_attn.sketch.space import LEARNED
 from vllm_retrieval_attn.store.arena import Arena
-from vllm_retrieval_attn.store.layout import ROW_TOKENS
 from vllm_retrieval_attn.store.space_file import space_path
-from vllm_retrieval_attn.workers.client import RingClient, WorkersLate
+from vllm_retrieval_attn.workers.client import RingClient
 from vllm_retrieval_attn.workers.pool import WorkerPool
 from vllm_retrieval_attn.workers.sync import check_platform
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from vllm_retrieval_attn.store.requests import RequestStore
 
 logger = logging.getLogger("vllm.retrieval")
-
-_TELL_EVERY_S = 10.0
 
 _current: "RetrievalWorker | None" = None
 
@@ -56,7 +55,8 @@ class RetrievalWorker:
         rank: in its tensor-parallel group.
         hosted: False with index ``none``, which has none of the following.
         arena, client, pool: the host side. cuda: its GPU half, None on CPU. sketch: codes on the GPU, None without.
-        degraded_steps: steps in which the engine did what the CPU workers should have done.
+        asking: steps in which a graph asks the CPU workers, None on CPU and with a sketch.
+        answers: of the CPU workers.
         graph_steps: steps that replayed one graph. paged_steps: those of them without kernels for the host.
         needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
         attends: whether any of its rows may attend to the host. paged: its graph has no kernels for that.
@@ -74,12 +74,7 @@ class RetrievalWorker:
         self._names: list[str] = list(self._layers)
         self._message: StepMessage | None = None
         self._plan: StepPlan | None = None
-        self._failed: set[str] = set()
         self._read: dict[str, tuple[int, int]] = {}
-        self._degraded: set[str] = set()
-        self._told_degraded = -_TELL_EVERY_S
-        self.degraded_steps = 0
-        self._posted = self._waited_s = 0.0
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.rank = vllm_config.parallel_config.rank
@@ -89,6 +84,7 @@ class RetrievalWorker:
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
         self._written: Any = None
         self.sketch: Any = None
+        self.asking: Asking | None = None
         self.needs_pieces, self.attends, self.paged = False, True, False
         self.graph_steps = self.paged_steps = 0
         if self.hosted:
@@ -115,7 +111,7 @@ class RetrievalWorker:
             if memory is not None:
                 layout = replace(layout, pages_at=memory.address)
             self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks, memory.array if memory else None)
-            self.cuda = CudaHost(self.arena, device, self.sketch, memory)
+            self.cuda = CudaHost(self.arena, device, self.sketch, memory, layer.impl.scale)
         else:
             self.arena = Arena(layout, dtype, rank, config.poison_freed, sinks)
         self._prefixes = PrefixPages(
@@ -131,6 +127,10 @@ class RetrievalWorker:
         self.client = RingClient(
             layout, self.arena.views, config.spin_ns, config.answer_timeout_s, lambda: self.pool.alive()
         )
+        kernels = self.cuda.ask_kernels if self.cuda is not None else None
+        if kernels is not None:
+            self.asking = Asking(layout, self.arena.views, self.client, kernels, config.answer_timeout_s)
+        self.answers = Answers(self.arena, self.client, self.asking, self._cancel_sample)
         begin = time.monotonic()
         try:
             self.pool = WorkerPool(config, layout, self.arena.views, self.arena.file.path, layer.impl.scale)
@@ -145,10 +145,12 @@ class RetrievalWorker:
         """Before vLLM decides how to run a step: see whether the CPU workers are needed in it, and the host at all."""
         message = getattr(scheduler_output, "kv_connector_metadata", None)
         self.needs_pieces, self.attends = False, True
-        if self.sketch is None or not isinstance(message, StepMessage):
+        if (self.sketch is None and self.asking is None) or not isinstance(message, StepMessage):
             return
         if self.sampler is not None and message.admitted and self.sampler.draw():
             self.needs_pieces = True
+            return
+        if self.sketch is None:  # the graph asks the workers itself
             return
         scheduled = scheduler_output.num_scheduled_tokens
         self.needs_pieces = needs_workers(message, scheduled, self.arena, self._options_of)
@@ -162,13 +164,30 @@ class RetrievalWorker:
             if self.paged and plan is not None and plan.sketch is not None and plan.sketch.attends:
                 raise RuntimeError("retrieval: a row attends to the host in a step that was taken to need none")
             self.sketch.send(plan.sketch if plan is not None else None)
-            self.graph_steps += 1
-            self.paged_steps += self.paged
+        elif self.asking is not None:
+            self.asking.open(self.plan(attn_metadata[self._names[0]], graph=True))
+        else:
+            return
+        self.graph_steps += 1
+        self.paged_steps += self.paged
 
     def finish_forward(self) -> None:
         """All kernels of this step's layers are under way."""
         if self.sketch is not None:
             self.sketch.finish()
+        if self.asking is not None:
+            self.asking.sent()
+
+    def _cancel_sample(self) -> None:
+        if self.sampler is not None:
+            self.sampler.cancel()
+
+    def _look_back(self) -> None:
+        """The step before may still be under way, where a graph asks the workers."""
+        plan = self.answers.close_graph()
+        if plan is not None:
+            self._told.step(plan)
+            self._count_rows(plan)
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._kv_caches = {name: kv_caches[name] for name in self._names if name in kv_caches}
@@ -178,6 +197,7 @@ class RetrievalWorker:
     def begin_step(self, message: StepMessage) -> None:
         """Take the scheduler's word before the forward pass: release what ended."""
         if self.hosted:
+            self._look_back()
             self._prefixes.keep(message.kept)
             for request_id, epoch in message.released:
                 self._release(request_id, epoch)
@@ -226,7 +246,7 @@ class RetrievalWorker:
             if self.sampler is not None:
                 self.sampler.begin(plan)
             if plan.searched and not (self.pool.alive() and self.client.idle()):
-                self._attend_here(plan, "CPU workers are gone, or still at an earlier message")
+                self.answers.attend_here(plan, "CPU workers are gone, or still at an earlier message")
         return metadata.plan
 
     def _options_of(self, request_id: str) -> SearchOptions:
@@ -240,58 +260,12 @@ class RetrievalWorker:
         if strangers:
             raise RuntimeError(f"retrieval: batch rows {strangers} are not in the scheduler's message")
 
-    def post(self, layer: int, plan: StepPlan) -> None:
-        """Send a layer's message, unless the engine does the workers' part in this step."""
-        if not plan.attends_here:
-            self._posted = time.perf_counter()
-            self.client.post(layer, plan.decode_rows, plan.probe)
-
-    def collect(self, plan: StepPlan, found: Any, found_lse: Any) -> bool:
-        """Wait for the answer to a layer's message; arguments as RingClient.collect's. False: there is none, in this
-        layer and all that follow in this step."""
-        if not plan.attends_here:
-            try:
-                failed = self.client.collect(found, found_lse)
-            except WorkersLate as error:
-                self._attend_here(plan, str(error))
-            self._waited_s += time.perf_counter() - self._posted
-        if plan.attends_here:
-            heads = self.arena.layout.kv_heads
-            plan.rows_read += heads * plan.decode_rows[:, ROW_TOKENS]
-            plan.searches += heads
-            return False
-        read = self.arena.views.read[: len(found)]
-        plan.rows_read += read.sum(1)
-        plan.searches += read.shape[1]
-        if len(failed):
-            self._fail(plan, [plan.decode_ids[row] for row in failed], RuntimeError("see the CPU workers' log"))
-        return True
-
-    def _attend_here(self, plan: StepPlan, why: str) -> None:
-        """The engine attends to the host in this step, exactly, from this layer on."""
-        plan.attends_here = True
-        self.degraded_steps += 1
-        self._degraded.update(plan.decode_ids)
-        if self.sampler is not None:
-            self.sampler.cancel()
-        now = time.monotonic()
-        if now - self._told_degraded > _TELL_EVERY_S:
-            self._told_degraded = now
-            logger.warning(
-                "retrieval: %s: the engine attends to host memory itself, exactly (step %d of this kind)",
-                why, self.degraded_steps,
-            )  # fmt: skip
-
-    def _fail(self, plan: StepPlan, request_ids: list[str], error: Exception) -> None:
-        """The search of these requests can not be done: they end with an error, others go on."""
-        if new := set(request_ids) - plan.failed:
-            logger.error("retrieval: %d request(s) fail: %s", len(new), error)
-        plan.failed.update(request_ids)
-        self._failed.update(request_ids)
-
     def report(self) -> WorkerReport | None:
         """What the scheduler is to know of this step."""
-        report = WorkerReport(self._failed, self._read, degraded=self._degraded)
+        if not self.hosted:
+            return None
+        answers = self.answers
+        report = WorkerReport(answers.failed, self._read, degraded=answers.degraded)
         if self.sketch is not None:
             counts = self.sketch.take_counts()
             self._told.count("rows_read", sum(rows for rows, _ in counts.values()))
@@ -299,9 +273,8 @@ class RetrievalWorker:
             if parts := self.sketch.take_parts():
                 self._told.layer(parts)
             report = report.aggregate(WorkerReport(set(), counts, set(counts)))
-        self._failed, self._read, self._degraded = set(), {}, set()
-        if self.hosted:
-            self._told.count(key("requests_failed", "search"), len(report.failed))
+        answers.failed, self._read, answers.degraded = set(), {}, set()
+        self._told.count(key("requests_failed", "search"), len(report.failed))
         return report if report.failed or report.read or report.degraded else None
 
     def take_stats(self) -> Any:
@@ -316,8 +289,10 @@ class RetrievalWorker:
     def end_step(self) -> None:
         if self.hosted:
             self._prefixes.step_ends()
-            self._told.step(self._plan)
-            self._count_rows()
+            plan, self._plan = self._plan, None
+            if self.asking is None or plan is None or plan is not self.asking.under_way:  # else it is not over yet
+                self._told.step(plan)
+                self._count_rows(plan)
             if self.sampler is not None:
                 self.sampler.end()
             self._written = self.cuda.mirrored() if self.cuda is not None else None
@@ -326,9 +301,8 @@ class RetrievalWorker:
             self._metadata.clear()
         self._message = None
 
-    def _count_rows(self) -> None:
-        plan, self._plan = self._plan, None
-        self._waited_s, waited = 0.0, self._waited_s
+    def _count_rows(self, plan: StepPlan | None) -> None:
+        self.answers.waited_s, waited = 0.0, self.answers.waited_s
         if plan is not None and plan.searches:
             self._told.count("rows_read", int(plan.rows_read.sum()))
             self._told.count("searches", plan.searches * len(plan.decode_ids))
@@ -355,6 +329,7 @@ class RetrievalWorker:
         """Counters for benchmarks and tests."""
         found: dict[str, Any] = {"index": self.config.index}
         if self.hosted:
+            self._look_back()
             if self.space is not None:
                 self.space.finish()
             found |= {
@@ -366,7 +341,7 @@ class RetrievalWorker:
                 "requests": len(self.arena.requests),
                 "restarts": self.pool.restarts.total(),
                 "gave_up": self.pool.gave_up,
-                "degraded_steps": self.degraded_steps,
+                "degraded_steps": self.answers.degraded_steps,
                 "actor_pids": self.pool.pids(),
                 "path": self.arena.file.path,
                 "space": "learned" if self.arena.space == LEARNED else "rotation",

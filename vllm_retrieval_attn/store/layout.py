@@ -28,7 +28,11 @@ WORD_PROBES = 3
 """Number of decode steps ever handed over for comparison with exact search."""
 WORD_GROWTH = 4
 """Raised whenever a slot has more to index."""
-FIXED_WORDS = 5
+WORD_AWAKE = 5
+"""1 while a GPU posts messages, which wakes nobody: leaders look for them without sleeping."""
+WORD_GIVEN_UP = 6
+"""The step (MSG_STEP) in which the GPU is to wait for no answer any more."""
+FIXED_WORDS = 7
 
 # per actor: message done, sleeping, client waits for it, pid, probes done
 ACTOR_DONE, ACTOR_SLEEPING, ACTOR_AWAITED, ACTOR_PID, ACTOR_PROBES = range(5)
@@ -41,9 +45,11 @@ them (sketch/space.py)."""
 SLOT_FIELDS = 3
 
 # int64 numbers of the request message
-MSG_LAYER, MSG_ROWS, MSG_PROBE = 0, 1, 2
-"""Which layer, how many rows, and the row whose choice is to be kept for comparison (-1: none)."""
-MSG_HEADER = 3
+MSG_LAYER, MSG_ROWS, MSG_PROBE, MSG_STEP = range(4)
+"""Which layer, how many rows, and the row whose choice is to be kept for comparison (-1: none). In a step whose
+messages a GPU posts, the number of the first one, which asks for nothing but to get ready, and those of all layers
+follow in order; otherwise 0."""
+MSG_HEADER = 4
 ROW_TABLE, ROW_GENERATION, ROW_TOKENS, ROW_INDEXED, ROW_POSITION, ROW_LIMIT, ROW_TAU, ROW_SEED = range(8)
 """A row of the message: its page table and that table's generation; its host tokens, and how many leading ones are
 searched through the index, the others exactly; its position; how many rows to read, from which weight on always (in

@@ -47,7 +47,8 @@ class Views:
         tables: (max_rows, table_pages) int64 page numbers of live requests. slots: (max_rows, SLOT_FIELDS) int64.
         header, rows, stats: the request message and what lanes report.
         queries: the query area as bytes. outside: (max_rows, heads) float32 LSE of each row's paged part.
-        read: (max_rows, kv_heads) int32 rows read. partials: (max_rows, kv_heads, partial_floats) float32.
+        read: (max_rows, kv_heads) int32 rows read, which actors add to.
+        partials: (max_rows, kv_heads, partial_floats) float32.
         spaces: (layers, kv_heads, space_floats) float32, the learned space.
         probe_numbers: (probe_numbers,) int64. fidelity: (actors, layers, FIDELITY_FIELDS) float64.
         probe: (layers, heads, probe_floats) float32. chosen: (layers, kv_heads, 1 + most_chosen) int32: how many rows

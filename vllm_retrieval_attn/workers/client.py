@@ -13,9 +13,11 @@ from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
     MSG_PROBE,
     MSG_ROWS,
+    MSG_STEP,
     STAT_CODES,
     STAT_NS,
     STAT_ROWS,
+    WORD_AWAKE,
     WORD_SEQ,
     WORD_STOP,
     Layout,
@@ -26,6 +28,8 @@ from vllm_retrieval_attn.workers.signals import await_actors, raise_seq
 
 _SLICE_NS = 20_000_000
 """How long to wait for an answer before looking whether the actors still live."""
+
+_MOST_SEQ = 0x3FFFFFFF
 
 
 class WorkersLate(RuntimeError):
@@ -60,13 +64,47 @@ class RingClient:
         """
         if not self.idle():
             raise WorkersLate("CPU workers are still at an earlier message")
-        views = self._views
-        views.header[MSG_LAYER], views.header[MSG_ROWS], views.header[MSG_PROBE] = layer, len(rows), probe
-        views.rows[: len(rows)] = rows
+        header = self._views.header
+        header[MSG_LAYER], header[MSG_PROBE], header[MSG_STEP] = layer, probe, 0
+        self._lay(rows)
         self._raise()
 
+    def open_step(self, rows: npt.NDArray[np.int64]) -> int:
+        """Announce a step whose messages the GPU posts, those of all layers in order with the same rows: as
+        WORD_SEQ, the numbers that follow the one returned. Workers get ready for the first.
+
+        Args:
+            rows: (n, ROW_FIELDS) int64, as for :meth:`post`.
+
+        Raises:
+            WorkersLate: they are still at an earlier message.
+        """
+        if not self.idle():
+            raise WorkersLate("CPU workers are still at an earlier message")
+        views = self._views
+        if self._seq + self._layout.layers + 1 > _MOST_SEQ:
+            self._seq = 0
+        views.header[MSG_STEP], views.header[MSG_PROBE] = self._seq + 1, -1
+        self._lay(rows)
+        views.words[WORD_AWAKE] = 1
+        self._raise()
+        return self._seq
+
+    def close_step(self) -> None:
+        """The GPU is done with the step. Actors that come back, or are late, find an empty message."""
+        views = self._views
+        self._seq = int(views.words[WORD_SEQ])
+        views.words[WORD_AWAKE] = 0
+        views.header[MSG_STEP] = views.header[MSG_ROWS] = 0
+
+    def _lay(self, rows: npt.NDArray[np.int64]) -> None:
+        views = self._views
+        views.header[MSG_ROWS] = len(rows)
+        views.rows[: len(rows)] = rows
+        views.read[: len(rows)] = 0
+
     def _raise(self) -> None:
-        self._seq = self._seq % 0x3FFFFFFF + 1
+        self._seq = self._seq % _MOST_SEQ + 1
         raise_seq(self._views.words, self._address, self._layout.actors, self._seq)
 
     def collect(self, out: npt.NDArray[np.float32], lse: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

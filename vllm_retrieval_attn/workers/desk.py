@@ -20,6 +20,7 @@ from vllm_retrieval_attn.store.layout import (
     MSG_LAYER,
     MSG_PROBE,
     MSG_ROWS,
+    MSG_STEP,
     ROW_GENERATION,
     ROW_INDEXED,
     ROW_LIMIT,
@@ -121,8 +122,10 @@ class Desk:
             views.read, views.chosen,
         )  # fmt: skip
         self._held: list[npt.NDArray[Any]] = []
+        self._laid: bytes | None = None
         self._searched: list[HeadIndex] = []
         self._room = (0, 0)
+        self._ahead = (0, 0)
         self._reserve(len(indexes.heads), 64)
 
     def _reserve(self, tasks: int, units: int) -> None:
@@ -145,22 +148,37 @@ class Desk:
             *(part for name, part in found._asdict().items() if name != "shifts"),
         ]  # fmt: skip
         self.numbers[ARRAYS_AT : ARRAYS_AT + len(self._held)] = [array.ctypes.data for array in self._held]
-        self._laid = b""
+        self._laid = None
 
-    def lay_out(self) -> None:
-        """Lay the message in the shared file out, its indexes extended as far as it wants them. No thread may be at
+    def lay_out(self, seq: int) -> None:
+        """Lay message ``seq`` in the shared file out, its indexes extended as far as it wants them. No thread may be at
         the desk."""
-        views, heads = self._views, self._indexes.heads
-        rows = views.rows[: int(views.header[MSG_ROWS])].copy()
+        header = self._views.header
+        step = int(header[MSG_STEP])
+        if step and self._ahead == (step, seq):
+            return
+        layer = seq - step - 1 if step else int(header[MSG_LAYER])
+        rows = self._views.rows[: int(header[MSG_ROWS])].copy()
+        self._lay(rows if layer >= 0 else rows[:0], layer, int(header[MSG_PROBE]))
+
+    def lay_ahead(self, seq: int) -> None:
+        """Lay message ``seq`` out before it comes, if it will be the next layer of a step (MSG_STEP)."""
+        header = self._views.header
+        step = int(header[MSG_STEP])
+        self._ahead = (0, 0)
+        if step and 0 <= seq - step - 1 < self._layout.layers:
+            self._lay(self._views.rows[: int(header[MSG_ROWS])].copy(), seq - step - 1, int(header[MSG_PROBE]))
+            self._ahead = step, seq
+
+    def _lay(self, rows: npt.NDArray[np.int64], layer: int, probe: int) -> None:
         laid = rows.tobytes()
         if laid != self._laid:
             self._lay_rows(rows)
             self._laid = laid
-        layer, probe = int(views.header[MSG_LAYER]), int(views.header[MSG_PROBE])
         tasks = [
             self._of_layer(head, layer, numbers, row == probe)
             for row, numbers in enumerate(rows.tolist())
-            for head in heads
+            for head in self._indexes.heads
         ]
         if tasks:
             self._tasks[: len(tasks), TASK_LAYER:] = tasks

@@ -84,10 +84,11 @@ class Lane(threading.Thread):
                 return
             begin = time.monotonic_ns()
             desk, stats = self._desk, self._views.stats[self._actor]
-            desk.lay_out()
+            desk.lay_out(seq)
             open_desk(desk.numbers, seq)
             close_desk(desk.numbers)
             desk.clear()
             stats[STAT_CODES], stats[STAT_ROWS] = desk.numbers[CODES], desk.numbers[ROWS]
             stats[STAT_NS] = time.monotonic_ns() - begin
             finish_message(words, words.ctypes.data, self._actor, seq)
+            desk.lay_ahead(seq + 1)

@@ -18,7 +18,15 @@ from collections import Counter, deque
 from typing import Any
 
 from vllm_retrieval_attn.core.config import ResolvedConfig
-from vllm_retrieval_attn.store.layout import ACTOR_DONE, WORD_CLIENT_PID, WORD_SEQ, WORD_STOP, Layout
+from vllm_retrieval_attn.store.layout import (
+    ACTOR_DONE,
+    MSG_STEP,
+    WORD_CLIENT_PID,
+    WORD_GIVEN_UP,
+    WORD_SEQ,
+    WORD_STOP,
+    Layout,
+)
 from vllm_retrieval_attn.store.shared_file import process_start
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.supervisor import ActorSetup, Plan
@@ -193,6 +201,7 @@ class WorkerPool:
         now = time.monotonic()
         if not self.alive():
             self._down_since = self._down_since or now
+            self._views.words[WORD_GIVEN_UP] = self._views.header[MSG_STEP]
             return
         if self._down_since is not None:
             logger.warning("retrieval: CPU workers are back after %.1f s", now - self._down_since)

@@ -12,10 +12,14 @@ from vllm_retrieval_attn.store.layout import (
     ACTOR_SLEEPING,
     ACTOR_WORDS,
     FIXED_WORDS,
+    WORD_AWAKE,
     WORD_SEQ,
     WORD_STOP,
 )
 from vllm_retrieval_attn.workers.sync import fence, futex_wait, futex_wake, read_clock_ns, sched_yield
+
+_MOST_AWAKE_NS = 5_000_000_000
+"""A client that died in a step leaves its leaders awake no longer than that."""
 
 
 @jit
@@ -36,7 +40,7 @@ def await_message(
             return seq
         if now > until_ns:
             return -1
-        if now - quiet_since < spin_ns:
+        if now - quiet_since < (_MOST_AWAKE_NS if words[WORD_AWAKE] != 0 else spin_ns):
             sched_yield()
             continue
         words[base + ACTOR_SLEEPING] = 1

@@ -211,7 +211,7 @@ def _finish(arrays: Any, t: int, rows: int, place: int, geometry: Any, shared: A
             for j in range(d):
                 target[i * d + j] = lane.out[i, j]
             target[g * d + i] = lane.lse[i]
-        shared.read[task[TASK_ROW], task[TASK_HEAD]] = rows
+        shared.read[task[TASK_ROW], task[TASK_HEAD]] += rows
         if task[TASK_PROBED] and task[TASK_INDEXED] > 0:
             shared.chosen[task[TASK_LAYER], task[TASK_HEAD], 0] = task[TASK_COUNT]
     fence()
