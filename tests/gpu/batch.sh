@@ -15,6 +15,7 @@
 #   reuse      rows "second question", "eight at once", "half the batch on shared pages"
 #   sweep      row "Llama-3.2-1B shape to 1M tokens"
 #   quality    rows "KL" and "planted numbers", alone and in a batch of 8; $MODEL: a 64K model's folder
+#   asking     tests/gpu/test_asking.py                                                                      needs no vLLM
 #   triton     tests/gpu/test_kernels.py;  features     tests/gpu/test_lora_engine.py, test_graph_features.py
 #   watch      row "a watched server"
 #   engine     tests/gpu/test_quantized_weights.py, test_without_workers.py, test_sketch_engine.py, test_reuse_engine.py (reuse-test: the last alone)
@@ -80,12 +81,14 @@ for stage in "$@"; do
   search)
     for scan in auto faiss; do run python3 -m vllm_retrieval_attn.bench.search --scan $scan --rows 512,1024; done
     run python3 -m vllm_retrieval_attn.bench.search --threads 8 --rows 512 ;;
-  faiss) decode --ways faiss --contexts 131072 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":24}}" ;;
+  faiss) # the first prompt is what the model's space is learned from
+    decode --ways faiss --contexts 32768,131072 --tokens 60 --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":24}}" ;;
   reuse) cli bench reuse --json "$OUT/reuse.json" --options "{$(graphs 1,2,4,8),\"retrieval\":{\"host_memory_gb\":60}}" ;;
   sweep) cli bench sweep --plot "$OUT/sweep.png" --json "$OUT/sweep.json" --options "{$(graphs 1,2),\"retrieval\":{\"host_memory_gb\":45}}" ;;
   quality) evaluate "${TASKS:-prose:4,crowd:16}" 1; [ -n "${TASKS:-}" ] || evaluate crowd:16 8 ;;
   quality-faiss) evaluate "${TASKS:-crowd:16}" 2 ',"sketch_gb":0' ;;
   watch) cli bench watch --tokenizer "$MODEL" --json "$OUT/watch.json" --serve "--gpu-memory-utilization 0.45" ;;
+  asking) run python3 -m pytest -p no:cacheprovider tests/gpu/test_asking.py ;;
   triton) run python3 -m pytest -p no:cacheprovider tests/gpu/test_kernels.py ;;
   features) run python3 -m pytest -p no:cacheprovider tests/gpu/test_lora_engine.py tests/gpu/test_graph_features.py ;;
   reuse-test) run python3 -m pytest -p no:cacheprovider tests/gpu/test_reuse_engine.py ;;
