@@ -15,8 +15,9 @@ from vllm_retrieval_attn.store.views import Views
 _MAIN = "ask.cu"
 _THREADS = {"ask_workers": 512, "take_answers": 256, "attend_late": 256}
 HEADER, FIELDS, WRITE_FIELDS = 5, 3, 2
-SPLITS = 8
-"""Parts of a row's host tokens that different blocks attend to where workers are late."""
+_MOST_SPLITS, _PARTS = 8, 4096
+"""Parts of a row's host tokens that different blocks attend to where workers are late, at most, and of all (row, KV head)
+together: eight blocks keep the link busy."""
 TOLD_LATE, TOLD_MISSED, TOLD_WAITED, TOLD_FAILED = range(4)
 """What a step tells: its number where it was late; layers that were not answered; nanoseconds waited, over all layers;
 and, for each row of the message, the step's number where its search failed."""
@@ -72,6 +73,7 @@ class AskKernels:
     def __init__(self, layout: Layout, views: Views, scale: float, device: torch.device) -> None:
         lay = layout
         items = lay.max_rows * lay.kv_heads
+        self._splits = splits = max(1, min(_MOST_SPLITS, _PARTS // items))
         pinned = device.type == "cuda"
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -81,15 +83,15 @@ class AskKernels:
         self.told = torch.zeros(TOLD_FAILED + lay.max_rows, dtype=torch.int64, pin_memory=pinned)
         self._work = (
             zeros(_KEPT), zeros(items, dtype=torch.int32), zeros(items, dtype=torch.int32),
-            zeros(items, SPLITS, lay.group, lay.dim, dtype=torch.float32),
-            zeros(items, SPLITS, lay.group, 2, dtype=torch.float32),
+            zeros(items, splits, lay.group, lay.dim, dtype=torch.float32),
+            zeros(items, splits, lay.group, 2, dtype=torch.float32),
         )  # fmt: skip
         shared = (views.pages, views.words, views.tables, views.queries, views.outside, views.partials)
         addresses = [int(part.ctypes.data) for part in shared]
         if addresses[0] % 16 or addresses[3] % 16:
             raise failed("buffers", "pages and queries must be aligned to 16 bytes")
         self._state = packed(
-            lay.layers, lay.kv_heads, lay.max_rows, lay.actors, lay.pages, lay.page_tokens, lay.table_pages, SPLITS,
+            lay.layers, lay.kv_heads, lay.max_rows, lay.actors, lay.pages, lay.page_tokens, lay.table_pages, splits,
             float(scale), self.descriptor, *addresses, self.told, *self._work,
         )  # fmt: skip
         self._load(lay, device)
@@ -100,7 +102,7 @@ class AskKernels:
         items = lay.max_rows * lay.kv_heads
         kernels.set_grid("ask_workers", 1)
         kernels.set_grid("take_answers", min(items, kernels.multiprocessors))
-        kernels.set_grid("attend_late", min(items * SPLITS, kernels.resident("attend_late")))
+        kernels.set_grid("attend_late", min(items * self._splits, kernels.resident("attend_late")))
 
     def _launch(self, name: str, tokens: np.ndarray[Any, Any]) -> None:
         self._kernels.launch(name, self._state, tokens)
