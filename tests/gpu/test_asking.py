@@ -63,7 +63,7 @@ def test_a_step_may_ask_for_nothing(machine):
 
 
 def test_a_graph_asks_anew_with_every_replay(machine):
-    one = machine(dim=128, limit_s=5.0)
+    one = machine(dim=128, limit_s=5.0, table_pages=8)
     one.ring.start_all()
     lay = one.layout
     layers = [one.inputs(4) for _ in range(lay.layers)]

@@ -145,6 +145,7 @@ class Simulation:
         scheduled = 0
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
+            assert output.has_sync_kv_loads  # so that a graph's kernels find their step's descriptor
             scheduled = output.total_num_scheduled_tokens
             self._in_flight.append((output, self._execute(output)))
         if self._in_flight and (len(self._in_flight) >= self._depth or not scheduled):

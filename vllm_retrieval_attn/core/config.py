@@ -151,9 +151,9 @@ class ResolvedConfig(RetrievalConfig):
         return self.sketch_gb != 0
 
     @property
-    def asks(self) -> bool:
-        """Whether CPU workers answer decode rows, which are no part of a sketch."""
-        return self.index != "none" and not self.sketches
+    def hosted(self) -> bool:
+        """Whether there is host memory at all. A decode step may be one graph on a GPU then."""
+        return self.index != "none"
 
     @property
     def split(self) -> Split:

@@ -16,8 +16,8 @@ _MAIN = "ask.cu"
 _THREADS = {"ask_workers": 512, "take_answers": 256, "attend_late": 256}
 HEADER, FIELDS, WRITE_FIELDS = 5, 3, 2
 _MOST_SPLITS, _PARTS = 8, 4096
-"""Parts of a row's host tokens that different blocks attend to where workers are late, at most, and of all (row, KV head)
-together: eight blocks keep the link busy."""
+"""Parts of a row's host tokens that different blocks attend to where workers are late, at most, and such parts of all
+rows and KV heads together. Eight blocks keep the link busy."""
 TOLD_LATE, TOLD_MISSED, TOLD_WAITED, TOLD_FAILED = range(4)
 """What a step tells: its number where it was late; layers that were not answered; nanoseconds waited, over all layers;
 and, for each row of the message, the step's number where its search failed."""

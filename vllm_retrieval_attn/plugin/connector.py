@@ -139,7 +139,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
         self._options, self._released = {}, []
         self.line.step_ends()
         # So that start_load_kv comes before the forward pass: a graph's descriptor is sent there.
-        scheduler_output.has_sync_kv_loads = self._config.sketches
+        scheduler_output.has_sync_kv_loads = self._config.hosted
         scheduled = scheduler_output.num_scheduled_tokens
         for request_id in scheduled:
             if self._ledger.needs_host(request_id):

@@ -123,8 +123,7 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: Any) -> AttentionCGSupport:
         config = resolved_config(vllm_config)
-        hosted = config.index != "none"
-        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if hosted else AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if config.hosted else AttentionCGSupport.NEVER
 
     def __init__(
         self, kv_cache_spec: RetrievalSpec, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
@@ -132,7 +131,7 @@ class RetrievalMetadataBuilder(AttentionMetadataBuilder[RetrievalMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._split = kv_cache_spec.split
         self._fixed: FixedTables | None = None
-        if device.type != "cpu" and resolved_config(vllm_config).index != "none":
+        if device.type != "cpu" and resolved_config(vllm_config).hosted:
             self._fixed = FixedTables(self._split, vllm_config.scheduler_config.max_num_seqs, device)
             self._schedule = decode_schedule(vllm_config, kv_cache_spec, layer_names, self._fixed.longest, device)
 

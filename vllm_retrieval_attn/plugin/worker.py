@@ -78,7 +78,7 @@ class RetrievalWorker:
         self._metadata: list[RetrievalMetadata] = []
         self._kv_caches: dict[str, torch.Tensor] = {}
         self.rank = vllm_config.parallel_config.rank
-        self.hosted = config.index != "none"
+        self.hosted = config.hosted
         self.sampler: DecodeSampler | None = None
         self.space: ModelSpace | None = None
         self._growth: list[tuple[Any, list[tuple[RequestStore, int]]]] = []
