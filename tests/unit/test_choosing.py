@@ -211,7 +211,7 @@ def test_every_128th_key_is_kept_for_thresholds():
     shard = Shard(np.ones(64, np.float32), np.full(64, 2, np.float32))
     for first, last in [(0, 1024), (1024, 1056), (1056, 1120), (1120, 4096), (4096, SHARD_TOKENS)]:
         shard.append(places[first:last])
-        assert np.array_equal(shard.samples[: (last + 63) // SAMPLE], places[64:last:SAMPLE])
+        assert np.array_equal(shard.samples[:, : (last + 63) // SAMPLE].T, places[64:last:SAMPLE])
 
 
 def test_coordinates_at_the_ends_and_beyond_are_held():

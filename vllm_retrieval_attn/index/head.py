@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vllm_retrieval_attn.index.choosing import BINS, Found
 from vllm_retrieval_attn.index.native import native
 from vllm_retrieval_attn.index.scan import CAN_SCAN
-from vllm_retrieval_attn.index.search import MOST, Place, search_scratch, search_shard, threshold, turn
+from vllm_retrieval_attn.index.search import MOST, Place, find_thresholds, search_scratch, search_shard, turn
 from vllm_retrieval_attn.index.shard import BLOCK, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
 
@@ -128,8 +128,8 @@ class HeadIndex:
         floors = np.zeros(group, np.float32)
         for i in range(group):
             turn(self._space.queries, queries[i], turned[i])
-            floors[i] = threshold(samples, self.size, candidates, turned[i], work.best)
             found.shifts[i] = queries[i] @ self._space.mean
+        find_thresholds(samples, self.size, candidates, turned, work, floors)
         for number, shard in enumerate(self.shards):
             found.firsts[number], found.sizes[number] = number * SHARD_TOKENS, shard.size
             place = Place(shard.address, int(self._codes[number]), shard.mean, shard.deviation)

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from vllm_retrieval_attn.index.native import pointer_to, search_above
 from vllm_retrieval_attn.index.packing import SAMPLE
-from vllm_retrieval_attn.index.rows import jit
+from vllm_retrieval_attn.index.rows import jit, prefetch
 from vllm_retrieval_attn.index.scan import ScanScratch, scan_above, scan_scratch
 from vllm_retrieval_attn.index.shard import SAMPLES, SHARD_TOKENS
 
 MOST = 2048
 """Candidates of a query head that one shard gives at most: the best."""
+_LINE = 16
+"""float32 of a cache line."""
 
 
 class Place(NamedTuple):
@@ -40,19 +42,20 @@ class SearchScratch(NamedTuple):
     """Memory of one thread.
 
     Attributes:
-        best: (candidates / 64 + 2,) float32. scaled: (g, d + 1) float32, queries in a shard's scale. scan: of
-            index/scan.py.
+        best: (g, candidates / 64 + 2) float32. scores: (SAMPLES,) float32. scaled: (g, d + 1) float32, queries in a
+            shard's scale. scan: of index/scan.py.
     """
 
     best: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
     scaled: npt.NDArray[np.float32]
     scan: ScanScratch
 
 
 def search_scratch(group: int, dim: int, candidates: int) -> SearchScratch:
     """Memory for ``group`` query heads that ask for about ``candidates`` keys each."""
-    best, scaled = np.zeros(candidates // 64 + 2, np.float32), np.zeros((group, dim + 1), np.float32)
-    return SearchScratch(best, scaled, scan_scratch(dim, SHARD_TOKENS))
+    best, scaled = np.zeros((group, candidates // 64 + 2), np.float32), np.zeros((group, dim + 1), np.float32)
+    return SearchScratch(best, np.zeros(SAMPLES, np.float32), scaled, scan_scratch(dim, SHARD_TOKENS))
 
 
 @jit
@@ -72,29 +75,48 @@ def turn(matrix: Any, query: Any, out: Any) -> None:
 
 
 @jit
-def threshold(samples: Any, keys: int, candidates: int, turned: Any, best: Any) -> Any:
-    """The score of a turned query that about ``candidates`` of ``keys`` keys reach, at most half of them.
+def _sample_scores(part: Any, query: Any, scores: Any, ahead: Any, first: int, lines: int) -> None:
+    """Scores (SAMPLES,) of a shard's samples (d, SAMPLES): sample beside sample, so that none waits for its sum.
+    Meanwhile d times ``lines`` cache lines of the next shard's are fetched, from its element ``first`` on."""
+    scores[:] = 0.0
+    for j in range(len(query)):
+        weight, row = query[j], part[j]
+        for s in range(SAMPLES):
+            scores[s] += weight * row[s]
+        for line in range(j * lines, (j + 1) * lines):
+            prefetch(ahead, first + line * _LINE)
+
+
+@jit
+def find_thresholds(samples: Any, keys: int, candidates: int, turned: Any, work: Any, out: Any) -> None:
+    """The score that about ``candidates`` of ``keys`` keys reach, at most half of them, of each turned query (g, d),
+    into ``out`` (g,). All queries of a KV head at once: the samples come from memory, which takes most of the time.
 
     Args:
-        samples: (shards,) int64 addresses of the shards' samples. best: (candidates / 64 + 2,) float32 scratch.
+        samples: (shards,) int64 addresses of the shards' samples. work: SearchScratch.
     """
+    group, dim = turned.shape
     count = (keys + SAMPLE // 2 - 1) // SAMPLE
     wanted = max(1, min(candidates, keys // 2) * count // keys)
-    held = 0
-    for s in range(count):
-        at = s % SAMPLES
-        if at == 0:
-            part = numba.carray(pointer_to(samples[s // SAMPLES]), (SAMPLES, len(turned)), np.float32)
-        score = product(part[at], turned)
-        if held == wanted and not score > best[wanted - 1]:
-            continue
-        place = held if held < wanted else wanted - 1
-        while place > 0 and best[place - 1] < score:
-            best[place] = best[place - 1]
-            place -= 1
-        best[place] = score
-        held = min(held + 1, wanted)
-    return best[wanted - 1]
+    best, scores = work.best, work.scores
+    lines = (SAMPLES // _LINE + group - 1) // group
+    for first in range(0, count, SAMPLES):
+        shard = first // SAMPLES
+        part = numba.carray(pointer_to(samples[shard]), (dim, SAMPLES), np.float32)
+        ahead = numba.carray(pointer_to(samples[min(shard + 1, len(samples) - 1)]), (dim * SAMPLES,), np.float32)
+        for i in range(group):
+            _sample_scores(part, turned[i], scores, ahead, i * dim * lines * _LINE, lines)
+            for s in range(min(SAMPLES, count - first)):
+                score, held = scores[s], min(first + s, wanted)
+                if held == wanted and not score > best[i, wanted - 1]:
+                    continue
+                place = held if held < wanted else wanted - 1
+                while place > 0 and best[i, place - 1] < score:
+                    best[i, place] = best[i, place - 1]
+                    place -= 1
+                best[i, place] = score
+    for i in range(group):
+        out[i] = best[i, wanted - 1]
 
 
 @jit

@@ -47,7 +47,7 @@ class Shard:
         mean, deviation: (d,) float32; coordinates are shifted and scaled by them before they are coded.
 
     Attributes:
-        samples: (SAMPLES, d) float32 coordinates, neither shifted nor scaled, of the keys
+        samples: (d, SAMPLES) float32 coordinates, neither shifted nor scaled, of the keys
             ``SAMPLE / 2 + SAMPLE * j``.
     """
 
@@ -62,7 +62,7 @@ class Shard:
         faiss.copy_array_to_vector(levels, self._index.pq.centroids)
         self._index.is_trained = True
         self._list: Any = _faiss.downcast_InvertedLists(self._index.invlists)
-        self.samples = np.zeros((SAMPLES, dim), np.float32)
+        self.samples = np.zeros((dim, SAMPLES), np.float32)
 
     @property
     def address(self) -> int:
@@ -100,4 +100,4 @@ class Shard:
         _faiss.rev_swig_ptr(self._list.get_ids(0), after)[before:] = np.arange(before, after)
         first = -(-(before - SAMPLE // 2) // SAMPLE)  # the first sample that is not there yet
         taken = places[first * SAMPLE + SAMPLE // 2 - before :: SAMPLE]
-        self.samples[first : first + len(taken)] = taken
+        self.samples[:, first : first + len(taken)] = taken.T

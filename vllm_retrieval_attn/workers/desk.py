@@ -63,7 +63,7 @@ UNIT_TASK, UNIT_NUMBER = 0, 1
 # int64 numbers of the desk: counters in lines of their own, then addresses and sizes of the arrays
 NEXT, ACTIVE, LEFT, CODES, ROWS, SEQ, SLEEPERS, TURN, UNTURNED, WEIGH, PIECE = (8 * number for number in range(11))
 """Next unit; threads that may look at the arrays; tasks left; keys scored and rows read; the message that is open, 0:
-none; threads that sleep until there is one; next query head of a task to be turned, and how many are not yet;
+none; threads that sleep until there is one; next task whose queries are to be turned, and how many are not yet;
 next unit to be weighed; next piece of rows: what lies beyond the index of each task, then the units."""
 TASKS, UNITS = 88, 89
 ARRAYS_AT = 90
@@ -184,7 +184,7 @@ class Desk:
             self._tasks[: len(tasks), TASK_LAYER:] = tasks
         self.numbers[NEXT] = self.numbers[CODES] = self.numbers[ROWS] = 0
         self.numbers[TURN] = self.numbers[WEIGH] = self.numbers[PIECE] = 0
-        self.numbers[LEFT], self.numbers[UNTURNED] = len(tasks), len(tasks) * self._layout.group
+        self.numbers[LEFT] = self.numbers[UNTURNED] = len(tasks)
 
     def _lay_rows(self, rows: npt.NDArray[np.int64]) -> None:
         """What is the same in all layers of a step."""

@@ -16,7 +16,7 @@ from vllm_retrieval_attn.index.choosing import Found, draw, join, lift, raised_t
 from vllm_retrieval_attn.index.elsewhere import attend_picked_from, attend_run_from
 from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import add_parts, clear, finish, jit, keep, load
-from vllm_retrieval_attn.index.search import Place, product, search_shard, shard_keys, threshold, turn
+from vllm_retrieval_attn.index.search import Place, find_thresholds, product, search_shard, shard_keys, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS
 from vllm_retrieval_attn.workers.desk import (
     ACTIVE,
@@ -89,21 +89,23 @@ def _found(arrays: Any, t: int, first: int, last: int) -> Any:
 
 
 @jit
-def _turn(arrays: Any, t: int, i: int, geometry: Any, shared: Any, lane: Any) -> None:
-    """Load a query of a task, scaled, turn it into the space of its codes, and find its threshold."""
-    task, query = arrays.tasks[t], arrays.queries[t, i]
+def _turn(arrays: Any, t: int, geometry: Any, shared: Any, lane: Any) -> None:
+    """Load the queries of a task, scaled, turn them into the space of its codes, and find their thresholds."""
+    task, queries, turned = arrays.tasks[t], arrays.queries[t], arrays.turned[t]
     g, d = geometry.group, geometry.dim
-    start = ((task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g + i) * d
-    load(shared.queries, start, d, query)
-    if task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0:
-        shards = task[TASK_UNITS]
-        turned = arrays.turned[t, i]
-        turn(numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32), query, turned)
-        arrays.shifts[t, i] = product(numba.carray(pointer_to(task[TASK_CENTRE]), (d,), np.float32), query)
-        samples = numba.carray(pointer_to(task[TASK_SAMPLES]), (shards,), np.int64)
-        arrays.thresholds[t, i] = threshold(samples, task[TASK_INDEXED], geometry.candidates, turned, lane.search.best)
-    for j in range(d):
-        query[j] *= geometry.scale
+    start = (task[TASK_ROW] * geometry.kv_heads + task[TASK_HEAD]) * g * d
+    searched = task[TASK_INDEXED] > 0 and task[TASK_FAILED] == 0
+    for i in range(g):
+        load(shared.queries, start + i * d, d, queries[i])
+        if searched:
+            turn(numba.carray(pointer_to(task[TASK_TURN]), (d, d), np.float32), queries[i], turned[i])
+            centre = numba.carray(pointer_to(task[TASK_CENTRE]), (d,), np.float32)
+            arrays.shifts[t, i] = product(centre, queries[i])
+        for j in range(d):
+            queries[i, j] *= geometry.scale
+    if searched:
+        samples = numba.carray(pointer_to(task[TASK_SAMPLES]), (task[TASK_UNITS],), np.int64)
+        find_thresholds(samples, task[TASK_INDEXED], geometry.candidates, turned, lane.search, arrays.thresholds[t])
 
 
 @jit
@@ -308,9 +310,9 @@ def do_units(desk: Any, geometry: Any, shared: Any, lane: Any) -> None:
     place = desk.ctypes.data
     while True:
         number = atomic_add(place + TURN * 8, 1)
-        if number >= desk[TASKS] * geometry.group:
+        if number >= desk[TASKS]:
             break
-        _turn(arrays, number // geometry.group, number % geometry.group, geometry, shared, lane)
+        _turn(arrays, number, geometry, shared, lane)
         atomic_add(place + UNTURNED * 8, -1)
     fence()
     while desk[UNTURNED] > 0:
