@@ -154,16 +154,18 @@ def test_dead_workers_are_not_asked(served):
     assert one.worker.report() is None
 
 
-def test_a_request_whose_search_failed_ends_and_others_do_not(served):
+def test_a_request_whose_search_failed_is_told_of(served):
     one = served(indexed=True, table_pages=20)
     one.machine.ring.start_all()
     message, stored = one.machine.fill([1100, 80], 4)
     message[0, ROW_INDEXED] = 1088
     one.machine.ring.views.slots[message[0, ROW_TABLE], SLOT_GENERATION] += 1
     layers, _ = one.step(message, ["x", "y"])
-    one.machine.check(layers, one.paged, stored, [0, 1], rows=[1])
+    one.machine.check(layers, one.paged, stored, [0, 1])
     one.worker.begin_step(StepMessage())
-    assert one.worker.report().failed == {"x"}
+    report = one.worker.report()
+    assert (report.failed, report.degraded) == (set(), {"x"})
+    assert one.worker._told.steps == ["answered"]
 
 
 def test_eager_steps_go_on_in_between(served):

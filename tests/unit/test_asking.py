@@ -52,7 +52,7 @@ def test_workers_may_be_lost_between_two_layers(machine):
     asking_machine.check_lost_between_layers(machine(limit_s=0.5))
 
 
-def test_a_failed_row_leaves_the_others_alone(machine):
+def test_a_row_whose_search_fails_is_attended_to(machine):
     asking_machine.check_a_failed_row(machine(indexed=True, table_pages=20))
 
 

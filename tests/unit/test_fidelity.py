@@ -195,3 +195,24 @@ def test_a_step_that_is_cancelled_is_not_compared(probed):
     assert not one.ring.views.probing()
     assert one.step() == 0
     assert one.compared()
+
+
+def test_which_steps_are_drawn_does_not_depend_on_what_is_waited_for():
+    """Tensor-parallel ranks wait for different times, and must not take a step in different ways."""
+    ring = Ring(make_layout())
+    try:
+        ranks = [DecodeSampler(ring.layout, ring.views, 0.3) for _ in range(2)]
+        plan = SimpleNamespace(decode_rows=np.zeros((0, 8), np.int64), sketch=None)
+        drawn = []
+        for step in range(200):
+            ranks[1]._waiting = step % 3 > 0
+            ranks[1]._poll = lambda: None
+            drawn.append([rank.draw() for rank in ranks])
+            for rank in ranks:
+                rank.begin(plan)
+        assert all(one == other for one, other in drawn)
+        assert 30 < sum(one for one, _ in drawn) < 90
+    finally:
+        for rank in ranks:
+            rank._views = None
+        ring.close()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.layouts import make_layout
+from vllm_retrieval_attn.store.layout import ACTOR_DONE
 from vllm_retrieval_attn.store.shared_file import SharedFile
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers import pool as module
@@ -131,6 +132,20 @@ def test_a_silent_worker_is_ended(made):
     await_that(lambda: pool.alive() and pool.restarts)  # which another thread counts
     assert set(pool.restarts) == {"silent"}
     assert pool._supervisor.poll() is None
+
+
+def test_a_worker_that_is_behind_and_at_work_is_not_silent(made):
+    pool = made()
+    words, pid = pool._views.words, pool.pids()[1]
+    begun = time.monotonic()
+    while time.monotonic() - begun < 3 * pool._silent_s:
+        words[0] += 1
+        for actor in range(2):
+            words[pool._views.actor_word(actor, ACTOR_DONE)] = words[0] - 1
+        time.sleep(0.02)
+    assert pool.lives(pid)
+    assert not pool.restarts
+    assert pool.silent()
 
 
 def test_a_worker_is_restarted_when_somebody_asks(made):

@@ -5,7 +5,7 @@
 // A layer is three launches. `ask_workers` writes the new keys and values, the queries and the paged part's log-sum-exps
 // to host memory and posts the message. `take_answers` waits for the workers and merges what they say. Where they are
 // late or given up, `attend_late` attends to all host tokens of the row itself, over the link, and nothing is asked any
-// more in this step. What changes from step to step stands in the descriptor (ask_kernels.py). Words and messages:
+// more in this step; so it does for a row whose search failed. What changes from step to step stands in the descriptor (ask_kernels.py). Words and messages:
 // store/layout.py, workers/client.py.
 #include "decode_common.cuh"
 
@@ -16,7 +16,7 @@ constexpr int ASK_HEADER = 5, ASK_FIELDS = 3, WRITE_FIELDS = 2;
 enum { ASK_ROWS, ASK_WRITES, ASK_STEP, ASK_LATE, ASK_LIMIT };
 enum { ASKED_TOKEN, ASKED_SLOT, ASKED_TOKENS };
 enum { TOLD_LATE, TOLD_MISSED, TOLD_WAITED, TOLD_FAILED };  // from TOLD_FAILED on one number a row of the message
-enum { KEPT_POSTED, KEPT_LATE, KEPT_MISSED, KEPT_WAITED };
+enum { KEPT_POSTED, KEPT_LATE, KEPT_WAITED, KEPT_FAILED };
 
 struct Asking {
     i64 layers, heads, rows, actors, pages, page_tokens, table_pages, splits;
@@ -110,18 +110,23 @@ __device__ __forceinline__ bool answered(const Asking& s, int seq, i64 posted) {
     return true;
 }
 
-// What a worker says of one (row, KV head), merged with the paged part; nothing where the search failed.
+__device__ __forceinline__ const float* partial_at(const Asking& s, i64 item) {
+    return s.partials + item * (GROUP * (DIM + 1));
+}
+
+// Whether the search of a (row, KV head) failed: all of its log-sum-exps are infinity then.
+__device__ __forceinline__ bool search_failed(const Asking& s, i64 item) {
+    return __ldcv(partial_at(s, item) + GROUP * DIM) == -MINUS_INF;
+}
+
+// What a worker says of one (row, KV head), merged with the paged part.
 __device__ __forceinline__ void merge_answer(const Asking& s, const Tokens& t, int row, int head) {
-    const float* part = s.partials + (row * s.heads + head) * (i64)(GROUP * (DIM + 1));
+    const float* part = partial_at(s, row * s.heads + head);
     const i64 token = s.descriptor[ASK_HEADER + row * ASK_FIELDS + ASKED_TOKEN];
     for (int g = threadIdx.x / 32; g < GROUP; g += blockDim.x / 32) {
         const i64 place = head * GROUP + g;
         const float paged = no_keys(t.lse[place * t.lse_head + token * t.lse_row]);
         const float host = __ldcv(part + GROUP * DIM + g);
-        if (host == -MINUS_INF) {
-            s.told[TOLD_FAILED + row] = s.descriptor[ASK_STEP];
-            continue;
-        }
         const float top = fmaxf(paged, host) == MINUS_INF ? 0.0f : fmaxf(paged, host);
         const float of_paged = __expf(paged - top), of_host = __expf(host - top), whole = of_paged + of_host;
         u16* out = t.out + token * t.out_row + place * t.out_head;
@@ -134,28 +139,32 @@ __device__ __forceinline__ void merge_answer(const Asking& s, const Tokens& t, i
 }
 
 extern "C" __global__ void __launch_bounds__(LATE_THREADS) take_answers(const Asking s, const Tokens t) {
-    __shared__ int late;
+    __shared__ int late, missed;
     const i64 items = count_of(s, ASK_ROWS) * s.heads, step = s.descriptor[ASK_STEP];
     if (threadIdx.x == 0 && blockIdx.x < items) {
         const i64 posted = s.kept[KEPT_POSTED];
         late = is_late(s) || !answered(s, (int)(step + 1 + t.layer), posted);
         if (late) s.kept[KEPT_LATE] = step;
         if (blockIdx.x == 0) {
-            const bool first = t.layer == 0;
-            s.kept[KEPT_MISSED] = (first ? 0 : s.kept[KEPT_MISSED]) + late;
-            s.kept[KEPT_WAITED] = (first ? 0 : s.kept[KEPT_WAITED]) + (late ? 0 : (i64)now_ns() - posted);
-            if (t.layer == s.layers - 1) {
-                s.told[TOLD_MISSED] = s.kept[KEPT_MISSED];
-                s.told[TOLD_WAITED] = s.kept[KEPT_WAITED];
-                *(volatile int*)(s.words + WORD_AWAKE * WORD) = 0;
-            }
+            s.kept[KEPT_WAITED] = (t.layer ? s.kept[KEPT_WAITED] : 0) + (late ? 0 : (i64)now_ns() - posted);
+            s.told[TOLD_WAITED] = s.kept[KEPT_WAITED];
+            if (t.layer == s.layers - 1) *(volatile int*)(s.words + WORD_AWAKE * WORD) = 0;
         }
     }
     __syncthreads();
     if (blockIdx.x >= items) return;
     for (i64 i = blockIdx.x; i < items; i += gridDim.x) {
-        if (threadIdx.x == 0) s.missed[i] = late;
-        if (!late) merge_answer(s, t, (int)(i / s.heads), (int)(i % s.heads));
+        if (threadIdx.x == 0) {
+            const bool failed = !late && search_failed(s, i);
+            s.missed[i] = missed = late || failed;
+            if (failed) {
+                s.kept[KEPT_FAILED] = step + 1 + t.layer;
+                s.told[TOLD_FAILED + i / s.heads] = step;
+            }
+        }
+        __syncthreads();
+        if (!missed) merge_answer(s, t, (int)(i / s.heads), (int)(i % s.heads));
+        __syncthreads();
     }
 }
 
@@ -281,9 +290,15 @@ extern "C" __global__ void __launch_bounds__(LATE_THREADS) attend_late(const Ask
     __shared__ float queries[PASS][DIM];
     __shared__ i64 pages[KNOWN_PAGES];
     __shared__ bool last;
-    if (!is_late(s)) return;
-    if (blockIdx.x == 0 && threadIdx.x == 0) s.told[TOLD_LATE] = s.descriptor[ASK_STEP];
-    const i64 all = count_of(s, ASK_ROWS) * s.heads * s.splits;
+    const i64 all = count_of(s, ASK_ROWS) * s.heads * s.splits, step = s.descriptor[ASK_STEP];
+    if (!all) return;
+    if (is_late(s)) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            s.told[TOLD_LATE] = step;
+            s.told[TOLD_MISSED] = __ldcv((const i64*)s.told + TOLD_MISSED) + 1;
+        }
+    } else if (s.kept[KEPT_FAILED] != step + 1 + t.layer)
+        return;
     for (i64 at = blockIdx.x; at < all; at += gridDim.x) {
         const i64 item = at / s.splits, split = at % s.splits;
         if (!s.missed[item]) continue;

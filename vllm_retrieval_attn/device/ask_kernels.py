@@ -19,8 +19,8 @@ _MOST_SPLITS, _PARTS = 8, 4096
 """Parts of a row's host tokens that different blocks attend to where workers are late, at most, and such parts of all
 rows and KV heads together. Eight blocks keep the link busy."""
 TOLD_LATE, TOLD_MISSED, TOLD_WAITED, TOLD_FAILED = range(4)
-"""What a step tells: its number where it was late; layers that were not answered; nanoseconds waited, over all layers;
-and, for each row of the message, the step's number where its search failed."""
+"""What a step tells: something but 0 where it was late; layers that were not answered; nanoseconds waited, over all
+layers; and, for each row of the message, something but 0 where its search failed in some layer."""
 _KEPT = 4
 
 Numbers = npt.NDArray[np.int64]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode steps that replay one CUDA graph in which CPU workers answer (ask.cu): begun, and looked back at.
 
-The message, its answers and what it tells lie in one place, so a step is over before the next one begins.
+The message, its answers and what it tells lie in one place, so a step with rows is over before the next one begins.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class Outcome:
 
     Attributes:
         plan: of the step. late: the workers were late or gone, and the GPU attended to host tokens itself, in
-            ``missed`` layers. waited_s: for answers, over all layers. failed: requests whose search failed.
+            ``missed`` layers. waited_s: for answers, over all layers. failed: requests whose search failed in some
+            layer; the GPU attended to these itself there.
     """
 
     plan: "StepPlan"

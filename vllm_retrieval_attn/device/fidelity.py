@@ -63,7 +63,7 @@ class DecodeSampler:
 
     def __init__(self, layout: Layout, views: "Views", share: float) -> None:
         self._layout, self._views, self.share = layout, views, share
-        self._random = random.Random(0)
+        self._random, self._rows = random.Random(0), random.Random(0)
         self._probed: int | None = None
         self._drawn: bool | None = None
         self._by_workers = True
@@ -81,20 +81,21 @@ class DecodeSampler:
     def draw(self) -> bool:
         """Whether the step about to run is to be looked at; it may then not be one graph."""
         self._poll()
-        self._drawn = not self._waiting and self._random.random() < self.share
+        # Alike in all tensor-parallel ranks, which must not take a step as a graph here and in pieces there.
+        self._drawn = self._random.random() < self.share
         return self._drawn
 
     def begin(self, plan: "StepPlan") -> None:
         """Choose what to look at in a step; sets ``plan.probe``, or that of its sketch."""
         drawn = self.draw() if self._drawn is None else self._drawn
         self._probed, self._layers_seen, self._drawn = None, 0, None
-        if not drawn:
+        if not drawn or self._waiting:
             return
         searched = [row for row, message in enumerate(plan.decode_rows) if message[ROW_INDEXED] > 0]
         sketched = [row for row, of in enumerate(plan.sketch.rows) if of.tokens > 0] if plan.sketch is not None else []
         if not searched and not sketched:
             return
-        number = self._random.randrange(len(searched) + len(sketched))
+        number = self._rows.randrange(len(searched) + len(sketched))
         numbers = self._views.probe_numbers
         self._by_workers = number < len(searched)
         if self._by_workers:

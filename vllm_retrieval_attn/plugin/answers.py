@@ -75,12 +75,12 @@ class Answers:
             self.attend_here(plan, f"CPU workers did not answer in {missed} of {layers} layers")
         self.waited_s = outcome.waited_s
         self._count(plan, layers - missed, missed)
-        if outcome.failed:
-            self._fail(plan, outcome.failed)
+        self.degraded.update(outcome.failed)
         return plan
 
     def _count(self, plan: "StepPlan", answered: int, missed: int) -> None:
-        """Count what was read in some layers that the workers answered, and in some that the engine did itself."""
+        """Count what was read in some layers that the workers answered, and in some that the engine did itself. What
+        late workers still read of those is counted as well."""
         heads = self._arena.layout.kv_heads
         if answered:
             plan.rows_read += self._arena.views.read[: len(plan.decode_ids)].sum(1)

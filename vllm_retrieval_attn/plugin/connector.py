@@ -84,7 +84,7 @@ class RetrievalConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        # Without a sketch the attention layer waits for the CPU between graph pieces.
+        # On a CPU, and with index "none", nothing is captured whole.
         return not extra_config.get(GRAPHS_KEY, False)
 
     @property

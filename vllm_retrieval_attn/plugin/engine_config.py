@@ -105,6 +105,7 @@ def _with_sliding_backend(attention_config: Any, name: str) -> Any:
 def finish(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> "VllmConfig":
     """Refuse what is not supported, resolve the knobs and hand them to every process."""
     check_supported(vllm_config)
+    check_runner(knobs, vllm_config)
     resolved = resolve_for(knobs, vllm_config)
     assert vllm_config.kv_transfer_config is not None
     vllm_config.kv_transfer_config.kv_connector_extra_config[KEY] = resolved.model_dump()
@@ -129,6 +130,14 @@ def check_supported(vllm_config: "VllmConfig") -> None:
         refuse(f"block size {cache.block_size}", "set --block-size to a multiple of 16")
     if not count_full_attention_layers(model, parallel):
         refuse("a model with sliding-window layers only", WITHOUT_US)
+
+
+def check_runner(knobs: RetrievalConfig, vllm_config: "VllmConfig") -> None:
+    """vLLM's first model runner replays graphs without telling the connector of their batch."""
+    from vllm.platforms import current_platform
+
+    if knobs.index != "none" and current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
+        refuse("vLLM's first model runner on a GPU", "set VLLM_USE_V2_MODEL_RUNNER=1")
 
 
 def count_full_attention_layers(model: "ModelConfig", parallel: "ParallelConfig") -> int:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of vLLM's graph manager (model runner V2): which steps are one graph, and which of two graphs they replay.
 
-vLLM decides by shapes alone. A step that has work for the CPU workers may be no graph. One of which no row attends to
-the host replays a graph without the kernels for that: on an H100 they took 0.37 ms of a step even where they found
-nothing to do (docs/benchmarks.md, 2026-11-25). Remove when a connector or a backend can ask for a step's kind of graph.
+vLLM decides by shapes alone. With a sketch, a step that has work for the CPU workers may be no graph. One of which no
+row attends to the host replays a graph without the kernels for that: on an H100 they took 0.37 ms of a step even where
+they found nothing to do (docs/benchmarks.md, 2026-11-25). Remove when a connector or a backend can ask for a step's
+kind of graph.
 """
 
 import importlib

@@ -58,7 +58,8 @@ class RetrievalWorker:
         asking: steps in which a graph asks the CPU workers, None on CPU and with a sketch.
         answers: of the CPU workers.
         graph_steps: steps that replayed one graph. paged_steps: those of them without kernels for the host.
-        needs_pieces: whether the step about to run has work for the CPU workers, so may not be one graph.
+        needs_pieces: whether the step about to run may not be one graph: it is to be compared or, with a sketch, has
+            work for the CPU workers.
         attends: whether any of its rows may attend to the host. paged: its graph has no kernels for that.
         sampler: of steps to compare with exact attention; None without an index. space: that codes are made in,
             likewise.
@@ -314,7 +315,7 @@ class RetrievalWorker:
 
     def _allow_indexing(self) -> None:
         """Let indexes grow over what has arrived in the arena: all that was written before a step, once the copies
-        that the step before it ordered are done.
+        that the step before it ordered are done. (A graph writes on its own stream, and is over by now.)
 
         Not while CPU workers are still at a message that nobody waits for any more: they would search an index that
         is being extended."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vLLM worker's hold on the CPU workers of its rank: starts their supervisor, watches both, gives up in the end.
 
-Nothing here waits while requests are served. Whether workers are there is asked with every message
-(:meth:`WorkerPool.alive`); as long as they are not, the engine does their work itself.
+Nothing here waits while requests are served. Whether workers are there is asked with every message, or every step
+where a GPU posts (:meth:`WorkerPool.alive`); as long as they are not, the engine does their work itself.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._failures: list[str] = []
         self._recent: deque[float] = deque(maxlen=MOST_RESTARTS)
-        self._silent: dict[int, float] = {}
+        self._silent: dict[int, tuple[int, float]] = {}
         self._known: dict[int, int] = {}
         self._down_since: float | None = None
         self._ended: dict[int, str] = {}
@@ -201,19 +201,26 @@ class WorkerPool:
         now = time.monotonic()
         if not self.alive():
             self._down_since = self._down_since or now
-            self._views.words[WORD_GIVEN_UP] = self._views.header[MSG_STEP]
+            self._give_up_step()
             return
         if self._down_since is not None:
             logger.warning("retrieval: CPU workers are back after %.1f s", now - self._down_since)
             self._down_since = None
         words, seq = self._views.words, int(self._views.words[WORD_SEQ])
         for actor, pid in enumerate(self.pids()):
-            if int(words[self._views.actor_word(actor, ACTOR_DONE)]) == seq:
+            done = int(words[self._views.actor_word(actor, ACTOR_DONE)])
+            if done == seq:
                 self._silent.pop(actor, None)
-            elif now - self._silent.setdefault(actor, now) > self._silent_s:
+            elif self._silent.get(actor, (done,))[0] != done:
+                self._silent[actor] = done, now  # at work, and always behind: messages come one after the other
+            elif now - self._silent.setdefault(actor, (done, now))[1] > self._silent_s:
                 logger.error("retrieval: CPU worker %d has been silent for %.0f s; ending it", actor, self._silent_s)
                 self._silent.pop(actor)
                 self._end(actor, pid, "silent")
+
+    def _give_up_step(self) -> None:
+        """Workers are gone: a GPU that asks them is not to wait."""
+        self._views.words[WORD_GIVEN_UP] = self._views.header[MSG_STEP]
 
     def restart(self, actor: int) -> bool:
         """End a worker; its supervisor starts another. False: it is not there, so it is being started or never will."""
@@ -240,6 +247,7 @@ class WorkerPool:
             if self.lives(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        self._give_up_step()
         self._supervisor.wait()
         assert self._supervisor.stdin is not None
         with contextlib.suppress(OSError):

@@ -18,9 +18,6 @@ from vllm_retrieval_attn.store.layout import (
 )
 from vllm_retrieval_attn.workers.sync import fence, futex_wait, futex_wake, read_clock_ns, sched_yield
 
-_MOST_AWAKE_NS = 5_000_000_000
-"""A client that died in a step leaves its leaders awake no longer than that."""
-
 
 @jit
 def await_message(
@@ -40,7 +37,7 @@ def await_message(
             return seq
         if now > until_ns:
             return -1
-        if now - quiet_since < (_MOST_AWAKE_NS if words[WORD_AWAKE] != 0 else spin_ns):
+        if words[WORD_AWAKE] != 0 or now - quiet_since < spin_ns:
             sched_yield()
             continue
         words[base + ACTOR_SLEEPING] = 1
