@@ -49,13 +49,12 @@ class AskingMachine:
             views, lay = self.ring.views, self.layout
             self.pinner = Pinner(int(views.words.ctypes.data) - lay.parts["words"][0], lay)
         self.kernels = kernels(self.layout, self.ring.views, self.ring.scale, torch.device(device))
-        self.asking = Asking(self.layout, self.ring.views, self.client, self.kernels, limit_s)
+        self.asking = Asking(self.layout, self.client, self.kernels, limit_s)
 
     def close(self):
         if self.device == "cuda":
             torch.cuda.synchronize()
             self.pinner.close()
-        self.asking._views = None
         self.ring.close()
 
     def fill(self, tokens, seed=0, indexed=None, rows=64):
@@ -277,3 +276,21 @@ def check_nothing_to_ask(machine):
         assert torch.equal(machine.ring.pages[page, 1, :, offset, 0], inputs[1][0].cpu()) == (step is plan)
         machine.ring.pages[page, 1] = 0
     assert machine.client.idle()
+
+
+_SHAPES = (
+    {"dim": 128, "group": 4, "dtype": "bfloat16", "actors": 2},
+    {"dim": 80, "group": 3, "dtype": "float16"},
+    {"dim": 256, "group": 9, "dtype": "bfloat16"},
+)
+CASES = [
+    *((check_answers, shape) for shape in _SHAPES),
+    *((check_nobody_there, {**shape, "limit_s": 0.2}) for shape in _SHAPES),
+    (check_searched, {"indexed": True, "table_pages": 40, "threads": 2}),
+    (check_given_up, {"limit_s": 600.0}),
+    (check_not_asked, {"limit_s": 600.0}),
+    (check_lost_between_layers, {"limit_s": 0.5}),
+    (check_a_failed_row, {"indexed": True, "table_pages": 20}),
+    (check_nothing_to_ask, {}),
+]
+"""Checks, and the machine that each is made for."""

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import asking_machine
-from tests.asking_machine import AskingMachine
+from tests.asking_machine import CASES, AskingMachine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -25,41 +24,9 @@ def machine():
         one.close()
 
 
-SHAPES = [(128, 4, "bfloat16", 2), (80, 3, "float16", 1), (256, 9, "bfloat16", 1)]
-
-
-@pytest.mark.parametrize(("dim", "group", "dtype", "actors"), SHAPES)
-def test_workers_answer_within_a_step(machine, dim, group, dtype, actors):
-    asking_machine.check_answers(machine(dim=dim, group=group, dtype=dtype, actors=actors))
-
-
-def test_a_step_finds_what_single_messages_find(machine):
-    asking_machine.check_searched(machine(indexed=True, table_pages=40, threads=2, dim=128))
-
-
-@pytest.mark.parametrize(("dim", "group", "dtype", "actors"), SHAPES)
-def test_where_nobody_answers_host_tokens_are_attended_to(machine, dim, group, dtype, actors):
-    asking_machine.check_nobody_there(machine(dim=dim, group=group, dtype=dtype, actors=actors, limit_s=0.2))
-
-
-def test_waiting_ends_where_workers_are_given_up(machine):
-    asking_machine.check_given_up(machine(limit_s=20.0))
-
-
-def test_workers_are_not_asked_where_the_engine_knows_better(machine):
-    asking_machine.check_not_asked(machine(limit_s=20.0))
-
-
-def test_workers_may_be_lost_between_two_layers(machine):
-    asking_machine.check_lost_between_layers(machine(limit_s=0.5))
-
-
-def test_a_row_whose_search_fails_is_attended_to(machine):
-    asking_machine.check_a_failed_row(machine(indexed=True, table_pages=20))
-
-
-def test_a_step_may_ask_for_nothing(machine):
-    asking_machine.check_nothing_to_ask(machine())
+@pytest.mark.parametrize(("check", "sizes"), CASES)
+def test_a_step_asks_and_does_without_an_answer(machine, check, sizes):
+    check(machine(**sizes))
 
 
 def test_a_graph_asks_anew_with_every_replay(machine):

@@ -5,8 +5,8 @@
 // A layer is three launches. `ask_workers` writes the new keys and values, the queries and the paged part's log-sum-exps
 // to host memory and posts the message. `take_answers` waits for the workers and merges what they say. Where they are
 // late or given up, `attend_late` attends to all host tokens of the row itself, over the link, and nothing is asked any
-// more in this step; so it does for a row whose search failed. What changes from step to step stands in the descriptor (ask_kernels.py). Words and messages:
-// store/layout.py, workers/client.py.
+// more in this step; so it does for a row whose search failed. What changes from step to step stands in the descriptor
+// (ask_kernels.py). Words and messages: store/layout.py, workers/client.py.
 #include "decode_common.cuh"
 
 constexpr int ASK_THREADS = 512, LATE_THREADS = 256, LATE_WARPS = LATE_THREADS / 32;
@@ -48,12 +48,6 @@ struct Tokens {
 __device__ __forceinline__ int count_of(const Asking& s, int which) {
     const i64 n = s.descriptor[which];
     return (int)(n < 0 ? 0 : n < s.rows ? n : s.rows);
-}
-
-__device__ __forceinline__ u64 now_ns() {
-    u64 now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
 }
 
 __device__ __forceinline__ int seen(const int* word) { return __ldcv(word); }

@@ -20,7 +20,6 @@ from vllm_retrieval_attn.device.ask_kernels import (
     describe,
 )
 from vllm_retrieval_attn.store.layout import ROW_TABLE, ROW_TOKENS, Layout
-from vllm_retrieval_attn.store.views import Views
 
 if TYPE_CHECKING:
     from vllm_retrieval_attn.device.plan import StepPlan
@@ -51,12 +50,12 @@ class Asking:
     """Of one rank; used by the vLLM worker's main thread.
 
     Args:
-        layout, views: the shared file of the rank. client: posts and closes. kernels: see AskKernels.
+        layout: of the shared file of the rank. client: posts and closes. kernels: see AskKernels.
         limit_s: how long the GPU waits for an answer.
     """
 
-    def __init__(self, layout: Layout, views: Views, client: "RingClient", kernels: AskKernels, limit_s: float) -> None:
-        self._layout, self._views, self._client, self.kernels = layout, views, client, kernels
+    def __init__(self, layout: Layout, client: "RingClient", kernels: AskKernels, limit_s: float) -> None:
+        self._layout, self._client, self.kernels = layout, client, kernels
         self._limit_ns = int(limit_s * 1e9)
         self._cuda = cuda = kernels.descriptor.is_cuda
         numbers = kernels.descriptor.numel()

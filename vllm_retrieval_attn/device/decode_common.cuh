@@ -231,11 +231,15 @@ __device__ __forceinline__ u16 to_element(float x) {
 // waits for these additions.
 enum { STAMP_LAYERS, STAMP_WRITE, STAMP_SCORE, STAMP_WEIGH, STAMP_GATHER, STAMP_MERGE, STAMP_END };
 
-__device__ __forceinline__ void stamp(const State& s, int which) {
-    if (blockIdx.x || threadIdx.x || s.descriptor[0] <= 0) return;
+__device__ __forceinline__ u64 now_ns() {
     u64 now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    atomicAdd((u64*)s.read + s.rows + which, now);
+    return now;
+}
+
+__device__ __forceinline__ void stamp(const State& s, int which) {
+    if (blockIdx.x || threadIdx.x || s.descriptor[0] <= 0) return;
+    atomicAdd((u64*)s.read + s.rows + which, now_ns());
     if (which == STAMP_WRITE) atomicAdd((u64*)s.read + s.rows + STAMP_LAYERS, (u64)1);
 }
 

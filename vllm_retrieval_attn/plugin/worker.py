@@ -130,7 +130,7 @@ class RetrievalWorker:
         )
         kernels = self.cuda.ask_kernels if self.cuda is not None else None
         if kernels is not None:
-            self.asking = Asking(layout, self.arena.views, self.client, kernels, config.answer_timeout_s)
+            self.asking = Asking(layout, self.client, kernels, config.answer_timeout_s)
         self.answers = Answers(self.arena, self.client, self.asking, self._cancel_sample)
         begin = time.monotonic()
         try:
