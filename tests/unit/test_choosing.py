@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 import vllm_retrieval_attn.index.choosing as fast
 from vllm_retrieval_attn.index.choosing import REST, choice_scratch
-from vllm_retrieval_attn.index.head import REFERENCE, HeadIndex, found_for
+from vllm_retrieval_attn.index.coordinates import BLOCK, REFERENCE
+from vllm_retrieval_attn.index.head import HeadIndex, found_for
 from vllm_retrieval_attn.index.native import native, search_above
 from vllm_retrieval_attn.index.packing import SAMPLE, STEP, pack, packed_bytes
 from vllm_retrieval_attn.index.scan import CAN_SCAN, scan_above, scan_scratch
 from vllm_retrieval_attn.index.search import MOST
-from vllm_retrieval_attn.index.shard import BLOCK, LEVELS, SHARD_TOKENS, Shard
+from vllm_retrieval_attn.index.shard import LEVELS, SHARD_TOKENS, Shard
 from vllm_retrieval_attn.sketch import sampling
 from vllm_retrieval_attn.sketch.sampling import Limits
 from vllm_retrieval_attn.sketch.space import Space, balanced_for, rotated
@@ -90,11 +91,10 @@ def test_the_numba_twin_chooses_what_the_plain_rule_chooses(seed, sizes, group, 
     raised = fast.raised_tau(found, len(sizes), rows, tau)
     assert raised == pytest.approx(sampling.raised_tau(weights, Limits(rows, tau)), rel=1e-3)
     chances = sampling.probabilities(weights, raised)
-    drawn = [(fast.draw(found, shard, raised, np.uint64(seed), work), *map(np.copy, work[2:])) for shard in shards]
+    drawn = [(fast.draw(found, shard, raised, np.uint64(seed), work), *map(np.copy, work[1:3])) for shard in shards]
     ids = np.concatenate([ids[:count] for count, ids, _ in drawn])
     log_pi = np.concatenate([log_pi[:count] for count, _, log_pi in drawn])
     assert not work.extra.any()
-    assert not work.marks.any()
     expected = sampling.draw(chances, seed)
     # Rounding of a weight by one unit may move a key over a tile's mark: rarely, and never far.
     same = np.intersect1d(ids, expected)
@@ -216,10 +216,11 @@ def test_every_128th_key_is_kept_for_thresholds():
 
 def test_coordinates_at_the_ends_and_beyond_are_held():
     dim, out = 64, np.zeros(packed_bytes(BLOCK, 64), np.uint8)
-    pack(np.full((BLOCK, dim), 1e9, np.float32), out)
+    none, one = np.zeros(dim, np.float32), np.ones(dim, np.float32)
+    pack(np.full((BLOCK, dim), 1e9, np.float32), none, one, out)
     assert (out[: 16 * dim] == 0xFF).all()
     assert not out[16 * dim :].any()
-    pack(np.full((BLOCK, dim), -1e9, np.float32), out)
+    pack(np.full((BLOCK, dim), -1e9, np.float32), none, one, out)
     assert not out.any()
 
 

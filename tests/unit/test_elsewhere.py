@@ -14,6 +14,7 @@ from vllm_retrieval_attn.index.elsewhere import (
     check_readable,
     copies,
     load_keys,
+    load_paged_keys,
     read_bytes,
     source_of,
 )
@@ -90,6 +91,21 @@ def test_keys_and_bytes_come_to_the_same(both):
     assert keys[0].any()
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (3, 9), (4, 12), (7, 1), (1, 14)])
+def test_keys_of_pages_are_those_of_their_rows(both, first, count):
+    """Pages of 4 rows out of 6 that each has room for, in any order."""
+    table, pages, base = np.array([5, 0, 3, 1]), np.array((4, 6 * 2 * DIM)), 2 * DIM
+    for source in both[:2]:
+        held = copies(DIM, source.memory.dtype)
+        found, wanted = np.zeros((2, count, DIM), np.float32)
+        assert load_paged_keys(source, table, pages, base, first, held, found)
+        for n in range(count):
+            page, row = divmod(first + n, 4)
+            assert load_keys(source, (table[page] * 6 + 1 + row) * 2 * DIM, held, wanted[n : n + 1])
+        assert np.array_equal(found, wanted)
+        assert len(np.unique(found[:, 0])) == count
+
+
 def test_a_process_that_is_gone_fails_and_is_told(both):
     _, there, holder = both
     check_readable(there)
@@ -100,5 +116,7 @@ def test_a_process_that_is_gone_fails_and_is_told(both):
     assert not attend_picked_from(there, starts, log_pi, 1, queries, running(1, DIM), scratch(1), held)
     assert not attend_run_from(there, 0, 1, queries, running(1, DIM), scratch(1), held)
     assert not load_keys(there, 0, held, np.zeros((1, DIM), np.float32))
+    pages = np.zeros(1, np.int64), np.array((4, 4 * 2 * DIM))
+    assert not load_paged_keys(there, *pages, 0, 0, held, np.zeros((1, DIM), np.float32))
     with pytest.raises(PermissionError, match="set sketch_gb to 0"):
         check_readable(there)

@@ -133,6 +133,27 @@ def load_keys(source: Any, start: int, held: Any, out: Any) -> bool:
     return True
 
 
+@jit
+def load_paged_keys(source: Any, table: Any, pages: Any, base: int, first: int, held: Any, out: Any) -> bool:
+    """Keys of tokens ``first`` and following, as :func:`load_keys`; token 0 lies in page ``table[0]``.
+
+    Args:
+        table: (n,) int64 pages. pages: (2,) int64, tokens and elements of a page. base: element of a page where its
+            rows begin.
+    """
+    n, dim = out.shape
+    tokens, elements = pages
+    done = 0
+    while done < n:
+        page, offset = (first + done) // tokens, (first + done) % tokens
+        count = min(tokens - offset, n - done)
+        start = table[page] * elements + base + offset * 2 * dim
+        if not load_keys(source, start, held, out[done : done + count]):
+            return False
+        done += count
+    return True
+
+
 def read_bytes(source: Source, start: int, out: npt.NDArray[np.uint8]) -> None:
     """Copy what lies from element ``start`` on into ``out`` (contiguous).
 

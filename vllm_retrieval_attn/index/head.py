@@ -13,39 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import BINS, Found
+from vllm_retrieval_attn.index.coordinates import BLOCK, REFERENCE, Moments, coordinates
 from vllm_retrieval_attn.index.native import native
 from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.index.search import MOST, Place, find_thresholds, search_scratch, search_shard, turn
-from vllm_retrieval_attn.index.shard import BLOCK, SHARD_TOKENS, Shard
-from vllm_retrieval_attn.sketch.space import Doubles, Floats, Space
-
-REFERENCE = 1024
-"""Keys whose mean and deviation the next shard takes; the first append must bring as many. Divides a shard."""
+from vllm_retrieval_attn.index.shard import SHARD_TOKENS, Shard
+from vllm_retrieval_attn.sketch.space import Floats, Space
 
 NO_ADDRESSES: tuple[int, ...] = (0,) * 7
-
-
-class _Moments:
-    """Mean and deviation of coordinates over the last whole REFERENCE keys."""
-
-    def __init__(self, dim: int) -> None:
-        self._sums: Doubles = np.zeros((2, dim))
-        self._blocks = 0
-        self.mean: Floats = np.zeros(dim, np.float32)
-        self.deviation: Floats = np.ones(dim, np.float32)
-
-    def add(self, places: Floats) -> None:
-        """Take in coordinates (blocks, BLOCK, d)."""
-        sums = np.stack((places.sum(1), np.square(places).sum(1)), axis=1).astype(np.float64)
-        for block in sums:  # one after the other, so that pieces make no difference
-            self._sums += block
-            self._blocks += 1
-            if self._blocks * BLOCK == REFERENCE:
-                mean, square = self._sums / REFERENCE
-                deviation = np.sqrt(np.maximum(square - mean**2, 0))
-                self.mean = mean.astype(np.float32)
-                self.deviation = np.maximum(deviation, max(1e-4 * deviation.max(), 1e-20)).astype(np.float32)
-                self._sums, self._blocks = np.zeros_like(self._sums), 0
 
 
 class HeadIndex:
@@ -67,7 +42,8 @@ class HeadIndex:
         parts = (np.ascontiguousarray(part, np.float32) for part in (space.mean, space.keys, space.queries))
         self._space = Space(*parts)
         self._dim = len(space.mean)
-        self._moments = _Moments(self._dim)
+        self._turn = np.ascontiguousarray(self._space.keys.T)
+        self._moments = Moments(self._dim)
         self.shards: list[Shard] = []
         self.addresses = NO_ADDRESSES
         self._codes = np.zeros(0, np.int64)
@@ -78,28 +54,29 @@ class HeadIndex:
         return sum(shard.nbytes for shard in self.shards)
 
     def append(self, keys: npt.NDArray[Any]) -> None:
-        """Add keys (n, d); n is a multiple of shard.BLOCK, the first time at least REFERENCE."""
+        """Add keys (n, d); n is a multiple of BLOCK, the first time at least REFERENCE."""
         if len(keys) % BLOCK or (not self.shards and len(keys) < REFERENCE):
             raise ValueError(f"keys come in blocks of {BLOCK}, at first at least {REFERENCE}; these are {len(keys)}")
-        centred: Any = np.asarray(keys, np.float32) - self._space.mean
-        blocks = centred.reshape(-1, BLOCK, self._dim)
-        places: Floats = blocks @ self._space.keys.T  # block by block: the same sums however many come at once
+        keys = np.ascontiguousarray(keys, np.float32)
+        places: Floats = np.zeros_like(keys)
+        coordinates(keys, self._space.mean, self._turn, places)
+        known = 0
         if not self.shards:
-            first = REFERENCE // BLOCK
-            self._moments.add(places[:first])
+            known = REFERENCE
+            self._moments.add(places[:known])
         done = 0
         while done < len(places):
             if not self.shards or self.shards[-1].size == SHARD_TOKENS:
-                self.shards.append(Shard(self._moments.mean, self._moments.deviation))
+                self.shards.append(Shard(self._moments.mean.copy(), self._moments.deviation.copy()))
                 self._publish()
             last = self.shards[-1]
-            part = places[done : done + (SHARD_TOKENS - last.size) // BLOCK]
-            known = REFERENCE // BLOCK if len(self.shards) == 1 and last.size == 0 else 0
-            last.append(part.reshape(-1, self._dim))
+            part = places[done : done + SHARD_TOKENS - last.size]
+            last.append(part)
             self._codes[-1] = last.codes_address if self._scans else 0
             self._moments.add(part[known:])
+            known = 0
             done += len(part)
-            self.size += len(part) * BLOCK
+            self.size += len(part)
 
     def _publish(self) -> None:
         self._codes = np.append(self._codes, 0)

@@ -8,8 +8,10 @@ even) one more follows, alike for all keys (index/shard.py), and one that makes 
 
 from typing import Any
 
+import numba
 import numpy as np
 
+from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import jit
 
 ORDER = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
@@ -21,6 +23,7 @@ SAMPLE = 128
 _INVERSE = np.float32(1.0 / STEP)
 
 
+@jit
 def packed_bytes(n: int, dim: int) -> int:
     """Bytes of ``n`` keys of ``dim`` dimensions, whole blocks."""
     return n * (dim + 2) // 2
@@ -32,8 +35,9 @@ def bytes_per_key(dim: int) -> float:
 
 
 @jit
-def pack(places: Any, out: Any) -> None:
-    """Code coordinates (n, d) float32, n a multiple of 32, into ``out``, packed_bytes(n, d) uint8."""
+def pack(places: Any, mean: Any, deviation: Any, out: Any) -> None:
+    """Code coordinates (n, d) float32, n a multiple of 32, less ``mean`` (d,), divided by ``deviation`` (d,), into
+    ``out``, packed_bytes(n, d) uint8."""
     n, dim = places.shape
     levels = np.empty((32, dim), np.uint8)
     for block in range(n // 32):
@@ -41,7 +45,7 @@ def pack(places: Any, out: Any) -> None:
             row = places[block * 32 + t]
             line = levels[t]
             for j in range(dim):
-                x = np.rint(row[j] * _INVERSE + np.float32(7.5))
+                x = np.rint((row[j] - mean[j]) / deviation[j] * _INVERSE + np.float32(7.5))
                 line[j] = np.uint8(min(max(x, np.float32(0.0)), np.float32(15.0)))
         base = block * 16 * (dim + 2)
         for b in range(16):
@@ -49,3 +53,21 @@ def pack(places: Any, out: Any) -> None:
             for j in range(dim):
                 out[base + (j // 2) * 32 + (j % 2) * 16 + b] = low[j] | (high[j] << np.uint8(4))
         out[base + 16 * dim : base + 16 * (dim + 2)] = 0
+
+
+@jit
+def append(places: Any, mean: Any, deviation: Any, before: int, codes: int, ids: int, samples: Any) -> None:
+    """Code keys, as :func:`pack` does, behind ``before`` others of a shard; number them, and keep samples of them.
+
+    Args:
+        codes, ids: addresses of all of the shard's codes, and of their int64 numbers. samples: see Shard.
+    """
+    n, dim = places.shape
+    size = packed_bytes(n, dim)
+    pack(places, mean, deviation, numba.carray(pointer_to(codes + packed_bytes(before, dim)), (size,), np.uint8))
+    numbers = numba.carray(pointer_to(ids), (before + n,), np.int64)
+    for key in range(before, before + n):
+        numbers[key] = key
+        if key % SAMPLE == SAMPLE // 2:
+            for j in range(dim):
+                samples[j, key // SAMPLE] = places[key - before, j]

@@ -18,14 +18,13 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from vllm_retrieval_attn.index.coordinates import BLOCK
 from vllm_retrieval_attn.index.native import object_address
-from vllm_retrieval_attn.index.packing import SAMPLE, STEP, bytes_per_key, pack, packed_bytes
+from vllm_retrieval_attn.index.packing import SAMPLE, STEP, append, bytes_per_key, packed_bytes
 from vllm_retrieval_attn.sketch.space import Floats
 
 SHARD_TOKENS = 8192
 """Keys of a shard, the unit that one thread searches: a multiple of a tile and of BLOCK."""
-BLOCK = 32
-"""Keys that Faiss's layout takes together."""
 SAMPLES = SHARD_TOKENS // SAMPLE
 
 _faiss: Any = faiss
@@ -47,6 +46,7 @@ class Shard:
         mean, deviation: (d,) float32; coordinates are shifted and scaled by them before they are coded.
 
     Attributes:
+        size: keys. codes_address: of what Faiss scans, until the next :meth:`append`.
         samples: (d, SAMPLES) float32 coordinates, neither shifted nor scaled, of the keys
             ``SAMPLE / 2 + SAMPLE * j``.
     """
@@ -62,21 +62,13 @@ class Shard:
         faiss.copy_array_to_vector(levels, self._index.pq.centroids)
         self._index.is_trained = True
         self._list: Any = _faiss.downcast_InvertedLists(self._index.invlists)
+        self.size = self.codes_address = 0
         self.samples = np.zeros((dim, SAMPLES), np.float32)
 
     @property
     def address(self) -> int:
         """Of Faiss's object, see index/native.py."""
         return object_address(self._index)
-
-    @property
-    def codes_address(self) -> int:
-        """Of what Faiss scans, until the next :meth:`append`."""
-        return int(self._list.get_codes(0))
-
-    @property
-    def size(self) -> int:
-        return int(self._index.ntotal)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +78,9 @@ class Shard:
     @property
     def codes(self) -> npt.NDArray[np.uint8]:
         """What Faiss scans, as a view."""
-        view: npt.NDArray[np.uint8] = _faiss.rev_swig_ptr(self._list.get_codes(0), packed_bytes(self.size, self._dim))
+        view: npt.NDArray[np.uint8] = _faiss.rev_swig_ptr(
+            self._list.get_codes(0), packed_bytes(self._index.ntotal, self._dim)
+        )
         return view
 
     def append(self, places: Floats) -> None:
@@ -95,9 +89,7 @@ class Shard:
         if len(places) % BLOCK or after > SHARD_TOKENS:
             raise ValueError(f"a shard takes whole blocks of {BLOCK} up to {SHARD_TOKENS} keys, not {after}")
         self._list.resize(0, after)  # Faiss rounds up to a power of two
-        self._index.ntotal = after
-        pack((places - self.mean) / self.deviation, self.codes[packed_bytes(before, self._dim) :])
-        _faiss.rev_swig_ptr(self._list.get_ids(0), after)[before:] = np.arange(before, after)
-        first = -(-(before - SAMPLE // 2) // SAMPLE)  # the first sample that is not there yet
-        taken = places[first * SAMPLE + SAMPLE // 2 - before :: SAMPLE]
-        self.samples[:, first : first + len(taken)] = taken.T
+        self._index.ntotal = self.size = after
+        self.codes_address = int(self._list.get_codes(0))
+        ids = int(self._list.get_ids(0))
+        append(np.ascontiguousarray(places), self.mean, self.deviation, before, self.codes_address, ids, self.samples)

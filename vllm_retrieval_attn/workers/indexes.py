@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_retrieval_attn.index.elsewhere import Source, copies, load_keys, source_of
+from vllm_retrieval_attn.index.elsewhere import Source, copies, load_paged_keys, source_of
 from vllm_retrieval_attn.index.head import HeadIndex
 from vllm_retrieval_attn.sketch.space import LEARNED, rotated
 from vllm_retrieval_attn.store.layout import SLOT_GENERATION, SLOT_INDEXED, SLOT_SPACE, WORD_CLIENT_PID, Layout
 from vllm_retrieval_attn.store.views import Views
 from vllm_retrieval_attn.workers.sync import full_fence
 
-_PIECE = 2048
-"""Tokens coded in one go: few enough that their coordinates stay in the cache."""
+_PIECE = 4096
+"""Tokens coded in one go: few enough that their coordinates stay in the cache, many enough that threads seldom wait for
+Python's lock."""
 
 Key = tuple[int, int, int]
 """Page table, layer, KV head."""
@@ -96,15 +97,9 @@ class Indexes:
             self._check(slot, entry.generation)
             if table.min() < 0 or table.max() >= lay.pages:
                 raise RequestGone
-            base = self.row_base(layer, head)
-            at = index.size
-            while at < last:
-                page, offset = divmod(at, lay.page_tokens)
-                part = keys[at - index.size : at - index.size + lay.page_tokens - offset]
-                start = int(table[page]) * lay.page_elements + base + offset * lay.row_elements
-                if not load_keys(self.source, start, held, part):
-                    raise OSError("retrieval: the memory of the serving process can not be read")
-                at += len(part)
+            pages = np.array((lay.page_tokens, lay.page_elements))
+            if not load_paged_keys(self.source, table, pages, self.row_base(layer, head), index.size, held, keys):
+                raise OSError("retrieval: the memory of the serving process can not be read")
             self._check(slot, entry.generation)
             index.append(keys)
 
