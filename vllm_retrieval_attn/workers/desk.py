@@ -42,6 +42,9 @@ FAILED = np.float32(np.inf)
 EXACT_PIECE = 4096
 """Rows attended to exactly in one unit."""
 
+_FEW = 1024
+"""Tokens of a head that the leading thread indexes by itself: to call the others takes as long."""
+
 # int64 numbers of a task
 (
     TASK_ROW, TASK_HEAD, TASK_TOKENS, TASK_INDEXED, TASK_TABLE, TASK_LIMIT, TASK_POSITION, TASK_SEED, TASK_FIRST,
@@ -217,10 +220,13 @@ class Desk:
         addresses, failed = NO_ADDRESSES, False
         if numbers[ROW_INDEXED]:
             key = (numbers[ROW_TABLE], layer, head)
+            generation, indexed = numbers[ROW_GENERATION], numbers[ROW_INDEXED]
+            if self._indexes.missing(key, generation, indexed - _FEW):
+                self._indexes.want(key[0], generation, indexed)
             try:
-                index = self._indexes.ready(key, numbers[ROW_GENERATION], numbers[ROW_INDEXED])
-                if index.size != numbers[ROW_INDEXED]:
-                    raise RuntimeError(f"the index of {key} has {index.size} keys, not {numbers[ROW_INDEXED]}")
+                index = self._indexes.ready(key, generation, indexed)
+                if index.size != indexed:
+                    raise RuntimeError(f"the index of {key} has {index.size} keys, not {indexed}")
                 self._searched.append(index)
                 addresses = index.addresses
             except RequestGone:

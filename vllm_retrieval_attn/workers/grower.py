@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Background threads of an actor that let indexes grow behind the tokens as they are written.
 
-Nothing waits for them but a search that needs more than is there, and that makes up for it itself (workers/indexes.py).
+Nothing waits for them but a message that needs more than is there: they are called then (Indexes.want), and it does its
+own part beside them.
 """
 
 import contextlib
@@ -40,16 +41,19 @@ class Grower(threading.Thread):
         self._views, self._indexes, self._thread_number = views, indexes, thread
         pairs = [(layer, head) for layer in range(layout.layers) for head in indexes.heads]
         self._pairs = pairs[thread::of]
-        self._stopping = threading.Event()
+        self._stopping = False
 
     def run(self) -> None:
         be_nice()
-        seen, changed = -1, time.monotonic()
-        while not self._stopping.wait(_POLL_S if time.monotonic() - changed < _IDLE_AFTER_S else _IDLE_POLL_S):
-            growth = int(self._views.words[WORD_GROWTH])
-            if growth == seen:
+        seen, changed = (-1, -1), time.monotonic()
+        calls = 0
+        while not self._stopping:
+            poll_s = _POLL_S if time.monotonic() - changed < _IDLE_AFTER_S else _IDLE_POLL_S
+            calls = self._indexes.await_call(calls, poll_s)
+            now = int(self._views.words[WORD_GROWTH]), calls
+            if now == seen or self._stopping:
                 continue
-            seen, changed = growth, time.monotonic()
+            seen, changed = now, time.monotonic()
             if self._thread_number == 0:
                 self._indexes.drop_stale()
             try:
@@ -58,9 +62,9 @@ class Grower(threading.Thread):
                 logger.exception("retrieval: indexing in the background failed")
 
     def _grow(self) -> None:
-        for slot, generation, tokens in self._indexes.live().tolist():
+        for slot, generation, tokens in self._indexes.live():
             for layer, head in self._pairs:
-                if self._stopping.is_set():
+                if self._stopping:
                     return
                 key = (slot, layer, head)
                 if self._indexes.missing(key, generation, tokens):
@@ -70,5 +74,6 @@ class Grower(threading.Thread):
                         break
 
     def stop(self) -> None:
-        self._stopping.set()
+        self._stopping = True
+        self._indexes.call()
         self.join(timeout=5)

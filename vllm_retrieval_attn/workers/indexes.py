@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_retrieval_attn.index.elsewhere import Source, copies, load_paged_keys, source_of
 from vllm_retrieval_attn.index.head import HeadIndex
@@ -55,6 +54,9 @@ class Indexes:
         owner = int(views.words[WORD_CLIENT_PID]) if layout.pages_at else 0
         self.source: Source = source_of(views.pages, layout.dtype_code, owner, layout.pages_at)
         self._entries: dict[Key, _Entry] = {}
+        self._wanted: dict[int, tuple[int, int]] = {}
+        self._calls = 0
+        self._called = threading.Condition()
 
     def row_base(self, layer: int, head: int) -> int:
         """Element of the first row of a layer and KV head in page 0."""
@@ -108,11 +110,34 @@ class Indexes:
         if int(self._views.slots[slot, SLOT_GENERATION]) != generation:
             raise RequestGone
 
-    def live(self) -> npt.NDArray[np.int64]:
-        """(n, 3) page tables in use, their generations, and the tokens that may be indexed."""
-        slots = self._views.slots
-        used = np.flatnonzero(slots[:, SLOT_GENERATION])
-        return np.stack((used, slots[used, SLOT_GENERATION], slots[used, SLOT_INDEXED]), axis=1)
+    def want(self, slot: int, generation: int, tokens: int) -> None:
+        """A step asks for these tokens, which have arrived: to be indexed in all layers, by all threads that do, before
+        the message of each layer comes."""
+        if self._wanted.get(slot) != (generation, tokens):
+            self._wanted[slot] = generation, tokens
+            self.call()
+
+    def call(self) -> None:
+        """Wake who waits in :meth:`await_call`."""
+        with self._called:
+            self._calls += 1
+            self._called.notify_all()
+
+    def await_call(self, known: int, timeout_s: float) -> int:
+        """Wait until there were other than ``known`` calls, or for so long; returns how many there were."""
+        with self._called:
+            if self._calls == known:
+                self._called.wait(timeout_s)
+            return self._calls
+
+    def live(self) -> list[tuple[int, int, int]]:
+        """Page tables in use, their generations, and the tokens that may be indexed."""
+        slots, found = self._views.slots, []
+        for slot in np.flatnonzero(slots[:, SLOT_GENERATION]).tolist():
+            generation, tokens = int(slots[slot, SLOT_GENERATION]), int(slots[slot, SLOT_INDEXED])
+            owner, wanted = self._wanted.get(slot, (0, 0))
+            found.append((slot, generation, max(tokens, wanted if owner == generation else 0)))
+        return found
 
     def missing(self, key: Key, generation: int, tokens: int) -> bool:
         """Whether :meth:`ready` would have work to do."""
@@ -121,6 +146,9 @@ class Indexes:
 
     def drop_stale(self) -> None:
         """Forget the indexes of requests that are over."""
+        for slot, (generation, _) in list(self._wanted.items()):
+            if int(self._views.slots[slot, SLOT_GENERATION]) != generation:
+                self._wanted.pop(slot, None)
         for key, entry in list(self._entries.items()):
             if int(self._views.slots[key[0], SLOT_GENERATION]) != entry.generation:
                 self._entries.pop(key, None)
