@@ -22,7 +22,7 @@ def row(way, load, **changed):
         "backend": decode.WAYS[way][0], "way": way, "shape": "tiny", "context": load.context, "batch": load.batch,
         "rows": load.rows, "ttft_s": 0.5, "step_ms_p50": 6 + load.context / 20_000, "gpu_bytes": 10**5 * load.context,
         "path": "sketch" if way == "sketch" else None, "rows_mean": 500.0, "graph": 1.0, "degraded": 0,
-        "device": "none",
+        "degraded_share": 0.0, "device": "none",
     }  # fmt: skip
     return {**found, **changed}
 
@@ -75,6 +75,19 @@ def test_what_makes_no_sense_is_named(asked, wrong):
 def test_a_step_that_was_no_graph_or_read_nothing_fails(changed, fails):
     load = decode.Load(8192, 1, 20, 512)
     rows = [row("sketch", load, **changed), row("full", load, graph=None, rows_mean=None)]
+    if not fails:
+        refuse_slow_steps(rows)
+        return
+    with pytest.raises(typer.Exit):
+        refuse_slow_steps(rows)
+
+
+@pytest.mark.parametrize(("changed", "fails"), [
+    ({"degraded": 20, "degraded_share": 0.4}, False), ({"degraded": 40, "degraded_share": 0.5}, True),
+    ({"graph": 0.0}, False), ({"step_ms_p50": None, "degraded_share": 1.0}, False),
+])  # fmt: skip
+def test_steps_that_the_workers_did_not_answer_are_no_figure_of_theirs(changed, fails):
+    rows = [row("faiss", decode.Load(8192, 1, 20, 512), **changed)]
     if not fails:
         refuse_slow_steps(rows)
         return

@@ -148,9 +148,10 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     Returns:
         ``ttft_s`` until all requests have their first token; ``step_ms_p50``, ``step_ms_p90``, ``tokens_per_s`` of the
         decode steps after the first _SKIP; ``settled_s`` from the first token until steps take less than 1.5 times the
-        median; ``gpu_bytes``, ``host_bytes`` that the requests hold at the last of them; ``rows_mean`` host rows read
-        for a KV head; ``graph``: the share of the timed steps that replayed one graph; ``degraded``: steps of the load
-        in which the engine did the CPU workers' part, or these were late. The last three are None without our backend.
+        median; ``longest_ms`` of all decode steps; ``gpu_bytes``, ``host_bytes`` that the requests hold at the last of
+        them; ``rows_mean`` host rows read for a KV head; ``graph``: the share of the timed steps that replayed one
+        graph; ``degraded``: steps of the load in which the engine did the CPU workers' part, or these were late;
+        ``degraded_share`` of the timed steps. The last four are None without our backend.
 
         Where there is no memory for all requests at once, ``step_ms_p50`` is None and ``at_once`` how many there is
         memory for; they are ended then.
@@ -171,6 +172,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
     names = [engine.add(_prompt(load.context, vocabulary, seed), **sampling) for seed in range(load.batch)]
     stamps: list[float] = []
     graphs: list[int] = []
+    late_steps: list[int] = []
     counts: dict[str, int] = dict.fromkeys(names, 0)
     reports: list[dict[str, Any]] = []
     held, at_once = {"gpu_bytes": 0, "host_bytes": 0}, 0
@@ -187,6 +189,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
             continue
         stamps.append(time.perf_counter() - begin)
         graphs.append(worker.graph_steps if worker is not None else 0)
+        late_steps.append(worker.answers.degraded_steps if worker is not None else 0)
         held = _held(engine, worker)  # the first steps still hold blocks of the prompt that are in flight
     engine.drain()
     every = [b - a for a, b in itertools.pairwise(stamps)]
@@ -206,11 +209,13 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         "step_ms_p90": round(sorted(steps)[len(steps) * 9 // 10] * 1e3, 3),
         "tokens_per_s": round(load.batch / median, 1),
         "settled_s": round(sum(every[: late[-1] + 1]), 3) if late else 0.0,
+        "longest_ms": round(max(every) * 1e3, 1),
         **held,
         "rows_mean": round(statistics.mean(report["rows_read"] for report in reports), 1) if reports else None,
         "path": "/".join(sorted({report["path"] for report in reports})) or None,
         "graph": round((graphs[-1] - graphs[_SKIP]) / len(steps), 3) if worker is not None else None,
         "degraded": worker.answers.degraded_steps - degraded if worker is not None else None,
+        "degraded_share": (late_steps[-1] - late_steps[_SKIP]) / len(steps) if worker is not None else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
