@@ -165,13 +165,29 @@ class Desk:
         self._lay(rows if layer >= 0 else rows[:0], layer, int(header[MSG_PROBE]))
 
     def lay_ahead(self, seq: int) -> None:
-        """Lay message ``seq`` out before it comes, if it will be the next layer of a step (MSG_STEP)."""
+        """Lay message ``seq`` out before it comes, if it will be the next layer of a step (MSG_STEP) whose tokens are
+        known to have arrived."""
         header = self._views.header
         step = int(header[MSG_STEP])
+        layer = seq - step - 1
         self._ahead = (0, 0)
-        if step and 0 <= seq - step - 1 < self._layout.layers:
-            self._lay(self._views.rows[: int(header[MSG_ROWS])].copy(), seq - step - 1, int(header[MSG_PROBE]))
-            self._ahead = step, seq
+        if not step or not 0 <= layer < self._layout.layers:
+            return
+        rows = self._views.rows[: int(header[MSG_ROWS])].copy()
+        # The engine opens a step before the GPU has come to it: keys of a prompt's last part may still be on their way,
+        # until the GPU posts layer 0.
+        if layer == 0 and self._is_behind(rows):
+            return
+        self._lay(rows, layer, int(header[MSG_PROBE]))
+        self._ahead = step, seq
+
+    def _is_behind(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether indexes of layer 0 lack tokens of these rows."""
+        return any(
+            self._indexes.missing((row[ROW_TABLE], 0, head), row[ROW_GENERATION], row[ROW_INDEXED])
+            for row in rows.tolist()
+            for head in self._indexes.heads
+        )
 
     def _lay(self, rows: npt.NDArray[np.int64], layer: int, probe: int) -> None:
         laid = rows.tobytes()

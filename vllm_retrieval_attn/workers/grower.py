@@ -57,14 +57,15 @@ class Grower(threading.Thread):
             if self._thread_number == 0:
                 self._indexes.drop_stale()
             try:
-                self._grow()
+                self._grow(calls)
             except Exception:  # the search that needs it tries again, and fails for its request alone
                 logger.exception("retrieval: indexing in the background failed")
 
-    def _grow(self) -> None:
+    def _grow(self, calls: int) -> None:
+        """Until all is there, or somebody calls: a step waits for something else by now."""
         for slot, generation, tokens in self._indexes.live():
             for layer, head in self._pairs:
-                if self._stopping:
+                if self._stopping or self._indexes.calls != calls:
                     return
                 key = (slot, layer, head)
                 if self._indexes.missing(key, generation, tokens):

@@ -2,8 +2,8 @@
 """The indexes that an actor holds: one for each request, layer and KV head of its share.
 
 They live in the actor's own memory. All that they are made of lies in the shared file, so a restarted actor makes them
-again, those of a layer when its next message comes. An index holds the tokens that a step has asked for or has let be
-indexed, never more: what a search finds does not depend on timing.
+again, those of a layer at the latest when its next message comes. An index holds the tokens that a step has asked for
+or has let be indexed, never more: what a search finds does not depend on timing.
 """
 
 import threading
@@ -45,7 +45,7 @@ class Indexes:
         layout, views: the shared file of the rank. actor: which share of the KV heads. by_faiss: see HeadIndex.
 
     Attributes:
-        heads: of the share. source: the pages.
+        heads: of the share. source: the pages. calls: how many there were of :meth:`call`.
     """
 
     def __init__(self, layout: Layout, views: Views, actor: int, by_faiss: bool = False) -> None:
@@ -55,7 +55,7 @@ class Indexes:
         self.source: Source = source_of(views.pages, layout.dtype_code, owner, layout.pages_at)
         self._entries: dict[Key, _Entry] = {}
         self._wanted: dict[int, tuple[int, int]] = {}
-        self._calls = 0
+        self.calls = 0
         self._called = threading.Condition()
 
     def row_base(self, layer: int, head: int) -> int:
@@ -70,6 +70,7 @@ class Indexes:
         """
         entry = self._entries.get(key)
         if entry is None or entry.generation != generation:
+            self._check(key[0], generation)
             fresh = _Entry(generation, HeadIndex(self._space(key), self._by_faiss))
             if entry is not None:
                 self._entries.pop(key, None)
@@ -113,31 +114,39 @@ class Indexes:
     def want(self, slot: int, generation: int, tokens: int) -> None:
         """A step asks for these tokens, which have arrived: to be indexed in all layers, by all threads that do, before
         the message of each layer comes."""
-        if self._wanted.get(slot) != (generation, tokens):
+        with self._called:
+            if self._wanted.get(slot) == (generation, tokens):
+                return
             self._wanted[slot] = generation, tokens
-            self.call()
+        self.call()
 
     def call(self) -> None:
         """Wake who waits in :meth:`await_call`."""
         with self._called:
-            self._calls += 1
+            self.calls += 1
             self._called.notify_all()
 
     def await_call(self, known: int, timeout_s: float) -> int:
         """Wait until there were other than ``known`` calls, or for so long; returns how many there were."""
         with self._called:
-            if self._calls == known:
+            if self.calls == known:
                 self._called.wait(timeout_s)
-            return self._calls
+            return self.calls
 
     def live(self) -> list[tuple[int, int, int]]:
-        """Page tables in use, their generations, and the tokens that may be indexed."""
-        slots, found = self._views.slots, []
+        """Page tables in use, their generations, and the tokens that may be indexed; first those that a step waits
+        for."""
+        slots, first, others = self._views.slots, [], []
+        with self._called:
+            wanted = dict(self._wanted)
         for slot in np.flatnonzero(slots[:, SLOT_GENERATION]).tolist():
             generation, tokens = int(slots[slot, SLOT_GENERATION]), int(slots[slot, SLOT_INDEXED])
-            owner, wanted = self._wanted.get(slot, (0, 0))
-            found.append((slot, generation, max(tokens, wanted if owner == generation else 0)))
-        return found
+            owner, asked = wanted.get(slot, (0, 0))
+            if owner == generation and asked > tokens:
+                first.append((slot, generation, asked))
+            else:
+                others.append((slot, generation, tokens))
+        return first + others
 
     def missing(self, key: Key, generation: int, tokens: int) -> bool:
         """Whether :meth:`ready` would have work to do."""
@@ -146,9 +155,10 @@ class Indexes:
 
     def drop_stale(self) -> None:
         """Forget the indexes of requests that are over."""
-        for slot, (generation, _) in list(self._wanted.items()):
-            if int(self._views.slots[slot, SLOT_GENERATION]) != generation:
-                self._wanted.pop(slot, None)
+        with self._called:
+            for slot, (generation, _) in list(self._wanted.items()):
+                if int(self._views.slots[slot, SLOT_GENERATION]) != generation:
+                    del self._wanted[slot]
         for key, entry in list(self._entries.items()):
             if int(self._views.slots[key[0], SLOT_GENERATION]) != entry.generation:
                 self._entries.pop(key, None)
