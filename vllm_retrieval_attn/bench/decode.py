@@ -215,7 +215,7 @@ def measure(engine: InProcessEngine, shape: str, way: str, load: Load) -> dict[s
         "path": "/".join(sorted({report["path"] for report in reports})) or None,
         "graph": round((graphs[-1] - graphs[_SKIP]) / len(steps), 3) if worker is not None else None,
         "degraded": worker.answers.degraded_steps - degraded if worker is not None else None,
-        "degraded_share": (late_steps[-1] - late_steps[_SKIP]) / len(steps) if worker is not None else None,
+        "degraded_share": round((late_steps[-1] - late_steps[_SKIP]) / len(steps), 3) if worker is not None else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 

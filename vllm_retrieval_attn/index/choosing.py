@@ -18,7 +18,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from vllm_retrieval_attn.index.rows import exp_in_place, jit
-from vllm_retrieval_attn.index.vector import not_zero
 from vllm_retrieval_attn.sketch.sampling import BIN_SHIFT, BITS, ONE, TILE, Limits, Rows
 
 REST = np.float32(0.3)
@@ -27,10 +26,7 @@ REST = np.float32(0.3)
 BINS = 0x41800000 >> BIN_SHIFT
 """Bins of weights up to 16; the last one takes all above. A weight is at most the query heads of a KV head."""
 WORD = 64
-"""Keys that are looked at together; shards begin with a word."""
-LINES = 4
-"""Histograms that are filled side by side, as one addition waits for the last one to the same bin."""
-_LANES = 16
+"""Keys of a word of marks; shards begin with a word."""
 
 
 class Found(NamedTuple):
@@ -70,29 +66,25 @@ class Found(NamedTuple):
 
 
 class ChoiceScratch(NamedTuple):
-    """Memory of one thread, for shards of so many keys, whole words.
+    """Memory of one thread.
 
     Attributes:
         extra: (keys,) float32, what a candidate weighs beyond the keys that are none; zeros between uses.
+        marks: (keys / 64,) uint64, a bit for each candidate; zeros between uses.
         ids, log_pi: (keys,) int64 and float32, rows drawn.
-        numbers: (keys,) int64, bins and then chances of the candidates.
-        bins, masses: (LINES, BINS) int64 and float64, histograms of every LINES-th candidate.
     """
 
     extra: npt.NDArray[np.float32]
+    marks: npt.NDArray[np.uint64]
     ids: npt.NDArray[np.int64]
     log_pi: npt.NDArray[np.float32]
-    numbers: npt.NDArray[np.int64]
-    bins: npt.NDArray[np.int64]
-    masses: npt.NDArray[np.float64]
 
 
 def choice_scratch(keys: int) -> ChoiceScratch:
     """Memory for shards of up to ``keys`` keys."""
-    room = -(-keys // WORD) * WORD
     return ChoiceScratch(
-        np.zeros(room, np.float32), np.zeros(room, np.int64), np.zeros(room, np.float32), np.zeros(room, np.int64),
-        np.zeros((LINES, BINS), np.int64), np.zeros((LINES, BINS)),
+        np.zeros(keys, np.float32), np.zeros(-(-keys // WORD), np.uint64), np.zeros(keys, np.int64),
+        np.zeros(keys, np.float32),
     )  # fmt: skip
 
 
@@ -122,25 +114,14 @@ def seed_of(request_seed: int, position: int, layer: int, head: int) -> Any:
 
 
 @jit
-def _largest(numbers: Any, least: Any) -> Any:
-    """The largest of some numbers, not less than ``least``."""
-    tops = np.full(_LANES, least, np.float32)
-    whole = len(numbers) // _LANES * _LANES
-    for first in range(0, whole, _LANES):  # side by side: one comparison after the other takes four times as long
-        for lane in range(_LANES):
-            tops[lane] = max(tops[lane], numbers[first + lane])
-    for c in range(whole, len(numbers)):
-        tops[0] = max(tops[0], numbers[c])
-    return tops.max()
-
-
-@jit
 def lift(found: Any, s: int, scale: float) -> None:
     """Turn a shard's scores into exponentials, relative to the shard's top score. ``scale``: of the softmax."""
     for i in range(len(found.shifts)):
         shift, first, last = found.shifts[i], found.starts[s, i], found.starts[s, i + 1]
         scores = found.scores[s, first:last]
-        top = _largest(scores, found.floors[s, i])
+        top = found.floors[s, i]
+        for c in range(last - first):
+            top = max(top, scores[c])
         for c in range(last - first):
             scores[c] = (scores[c] - top) * scale
         exp_in_place(scores, last - first)
@@ -183,55 +164,45 @@ def _bin(weight: Any, word: Any) -> Any:
 def weigh(found: Any, s: int, tau: float, work: Any) -> None:
     """Turn a shard's exponentials into weights, and count those of tau's bin and above in a histogram."""
     size, floor = found.sizes[s], np.float32(0.0)
-    ids, scores = found.ids[s], found.scores[s]
     for i in range(len(found.shifts)):
         share = found.shares[s, i]
         rest = found.rests[s, i] * share
         floor += rest
         for c in range(found.starts[s, i], found.starts[s, i + 1]):
-            work.extra[np.uint32(ids[c])] += scores[c] * share - rest  # unsigned: none counts from the end
-    count = 0
-    for first in range(0, size, WORD):
-        # A candidate weighs more than the others, or, where both weigh nothing, is one of them.
-        marks = not_zero(work.extra.ctypes.data + 4 * first)
-        while marks != 0:
-            key = first + _lowest_bit(marks)
-            marks &= marks - np.uint64(1)
-            scores[count], ids[count] = max(work.extra[key] + floor, np.float32(0.0)), key
-            work.extra[key] = 0.0
-            count += 1
-    _count_weights(found, s, count, floor, tau, work)
-    found.counts[s], found.rest[s] = count, floor
-
-
-@jit
-def _count_weights(found: Any, s: int, count: int, floor: Any, tau: float, work: Any) -> None:
-    """The histogram of a shard: of ``count`` candidates' weights, and of all others, which weigh ``floor``."""
+            key = found.ids[s, c]
+            work.extra[key] += found.scores[s, c] * share - rest
+            work.marks[key // WORD] |= np.uint64(1) << np.uint64(key % WORD)
     word = np.empty(1, np.float32)
     last = _bin(np.float32(tau), word)
-    low = last - 1  # the bin of all that is below tau's
-    weights, numbers = found.scores[s, :count], work.numbers
-    bits = weights.view(np.uint32)
-    for c in range(count):
-        numbers[c] = max(min(np.int64(bits[c] >> np.uint32(BIN_SHIFT)), BINS - 1), low)
-    work.bins[:, low:] = 0
-    work.masses[:, low:] = 0.0
-    for c in range(count):
-        work.bins[c % LINES, numbers[c]] += 1
-        work.masses[c % LINES, numbers[c]] += weights[c]
-    b = max(_bin(floor, word), low)
-    others = found.sizes[s] - count
-    work.bins[0, b] += others
-    work.masses[0, b] += np.float64(floor) * others
-    for b in range(low, BINS):
-        number, mass = 0, 0.0
-        for line in range(LINES):
-            number += work.bins[line, b]
-            mass += work.masses[line, b]
-        if b == low:
-            found.below[s] = mass
-        else:
-            found.bins[s, b], found.masses[s, b] = number, mass
+    bins, masses = found.bins[s], found.masses[s]
+    for b in range(last, BINS):
+        bins[b] = 0
+        masses[b] = 0.0
+    count, below = 0, 0.0
+    for number in range((size + WORD - 1) // WORD):
+        marks = work.marks[number]
+        work.marks[number] = 0
+        while marks != 0:
+            key = number * WORD + _lowest_bit(marks)
+            marks &= marks - np.uint64(1)
+            weight = max(work.extra[key] + floor, np.float32(0.0))
+            work.extra[key] = 0.0
+            found.scores[s, count], found.ids[s, count] = weight, key
+            count += 1
+            b = _bin(weight, word)
+            if b < last:
+                below += weight
+            else:
+                bins[b] += 1
+                masses[b] += weight
+    b = _bin(floor, word)
+    mass = np.float64(floor) * (size - count)
+    if b < last:
+        below += mass
+    else:
+        bins[b] += size - count
+        masses[b] += mass
+    found.counts[s], found.rest[s], found.below[s] = count, floor, below
 
 
 @jit
@@ -299,30 +270,22 @@ def draw(found: Any, s: int, tau: float, seed: Any, work: Any) -> int:
     first, size, count = found.firsts[s], found.sizes[s], found.counts[s]
     rest = _chance(found.rest[s], low)
     log_rest = _log(rest)
-    ids, chances = found.ids[s], work.numbers
-    for c in range(count):
-        chances[c] = _chance(found.scores[s, c], low)
     c = 0
     for start in range(0, size, TILE):
         end = min(start + TILE, size)
         place = np.int64(mixed(seed, (first + start) // TILE) >> np.uint64(64 - BITS))
-        begin, whole = c, np.int64(0)
-        while c < count and ids[c] < end:
-            whole += chances[c]
-            c += 1
-        whole += (end - start - (c - begin)) * rest
-        if (place + whole) >> BITS == place >> BITS:
-            continue  # nothing is drawn in this tile
         at = start
-        for k in range(begin, c):
-            key = ids[k]
+        while c < count and found.ids[s, c] < end:
+            key = found.ids[s, c]
             after = place + (key - at) * rest
             if after >> BITS != place >> BITS:
                 n = _draw_alike(first + at, key - at, place, rest, log_rest, n, work)
-            place, at = after + chances[k], key + 1
+            chance = _chance(found.scores[s, c], low)
+            place, at = after + chance, key + 1
             if place >> BITS != after >> BITS:
-                work.ids[n], work.log_pi[n] = first + key, _log(chances[k])
+                work.ids[n], work.log_pi[n] = first + key, _log(chance)
                 n += 1
+            c += 1
         if (place + (end - at) * rest) >> BITS != place >> BITS:
             n = _draw_alike(first + at, end - at, place, rest, log_rest, n, work)
     return n

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from vllm_retrieval_attn.index.packing import BLOCK
 from vllm_retrieval_attn.index.rows import FLOAT32, jit
 from vllm_retrieval_attn.index.vector import add_values
 from vllm_retrieval_attn.sketch.space import Doubles, Floats
 
 REFERENCE = 1024
 """Keys whose mean and deviation the next shard takes; the first append must bring as many. Divides a shard."""
-BLOCK = 32
-"""Keys that are summed up together; also those that Faiss's layout takes together."""
 
 
 @jit

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_retrieval_attn.index.choosing import BINS, Found
-from vllm_retrieval_attn.index.coordinates import BLOCK, REFERENCE, Moments, coordinates
+from vllm_retrieval_attn.index.coordinates import REFERENCE, Moments, coordinates
 from vllm_retrieval_attn.index.native import native
+from vllm_retrieval_attn.index.packing import BLOCK
 from vllm_retrieval_attn.index.scan import CAN_SCAN
 from vllm_retrieval_attn.index.search import MOST, Place, find_thresholds, search_scratch, search_shard, turn
 from vllm_retrieval_attn.index.shard import SHARD_TOKENS, Shard

@@ -14,6 +14,8 @@ import numpy as np
 from vllm_retrieval_attn.index.native import pointer_to
 from vllm_retrieval_attn.index.rows import jit
 
+BLOCK = 32
+"""Keys of a block."""
 ORDER = (0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
 STEP = 0.48
 """Distance of two levels in standard deviations of the keys before (index/head.py). Wider than is best for normally
@@ -36,13 +38,13 @@ def bytes_per_key(dim: int) -> float:
 
 @jit
 def pack(places: Any, mean: Any, deviation: Any, out: Any) -> None:
-    """Code coordinates (n, d) float32, n a multiple of 32, less ``mean`` (d,), divided by ``deviation`` (d,), into
+    """Code coordinates (n, d) float32, n a multiple of BLOCK, less ``mean`` (d,), divided by ``deviation`` (d,), into
     ``out``, packed_bytes(n, d) uint8."""
     n, dim = places.shape
-    levels = np.empty((32, dim), np.uint8)
-    for block in range(n // 32):
-        for t in range(32):
-            row = places[block * 32 + t]
+    levels = np.empty((BLOCK, dim), np.uint8)
+    for block in range(n // BLOCK):
+        for t in range(BLOCK):
+            row = places[block * BLOCK + t]
             line = levels[t]
             for j in range(dim):
                 x = np.rint((row[j] - mean[j]) / deviation[j] * _INVERSE + np.float32(7.5))

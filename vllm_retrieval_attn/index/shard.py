@@ -16,11 +16,9 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
-from vllm_retrieval_attn.index.coordinates import BLOCK
 from vllm_retrieval_attn.index.native import object_address
-from vllm_retrieval_attn.index.packing import SAMPLE, STEP, append, bytes_per_key, packed_bytes
+from vllm_retrieval_attn.index.packing import BLOCK, SAMPLE, STEP, append, bytes_per_key
 from vllm_retrieval_attn.sketch.space import Floats
 
 SHARD_TOKENS = 8192
@@ -74,14 +72,6 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes held."""
         return int(self.size * bytes_per_key(self._dim))
-
-    @property
-    def codes(self) -> npt.NDArray[np.uint8]:
-        """What Faiss scans, as a view."""
-        view: npt.NDArray[np.uint8] = _faiss.rev_swig_ptr(
-            self._list.get_codes(0), packed_bytes(self._index.ntotal, self._dim)
-        )
-        return view
 
     def append(self, places: Floats) -> None:
         """Add keys, given by their coordinates (n, d); n is a multiple of BLOCK."""

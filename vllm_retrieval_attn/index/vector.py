@@ -331,18 +331,6 @@ def exponentials(typingctx: Any, numbers: Any, count: Any) -> Any:
 
 
 @intrinsic
-def not_zero(typingctx: Any, numbers: Any) -> Any:
-    """A bit for each of 64 float32 at the address ``numbers``, the first one's lowest: whether it is other than 0."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.VectorType(F32, 64)
-        found = builder.fcmp_unordered("!=", load(builder, args[0], kind, 4), ir.Constant(kind, [0.0] * 64))
-        return builder.bitcast(found, I64)
-
-    return types.uint64(types.int64), codegen
-
-
-@intrinsic
 def widen(typingctx: Any, source: Any, dtype: Any, count: Any, scale: Any, out: Any) -> Any:
     """Stored elements, a multiple of 16, as float32 times ``scale``, a float32. ``out``: address."""
 

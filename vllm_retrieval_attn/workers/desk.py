@@ -43,7 +43,7 @@ EXACT_PIECE = 4096
 """Rows attended to exactly in one unit."""
 
 _FEW = 1024
-"""Tokens of a head that the leading thread indexes by itself: to call the others takes as long."""
+"""Tokens of a head that the leading thread indexes by itself; where more are missing, it calls the others."""
 
 # int64 numbers of a task
 (

@@ -115,10 +115,9 @@ class Indexes:
         """A step asks for these tokens, which have arrived: to be indexed in all layers, by all threads that do, before
         the message of each layer comes."""
         with self._called:
-            if self._wanted.get(slot) == (generation, tokens):
-                return
-            self._wanted[slot] = generation, tokens
-        self.call()
+            if self._wanted.get(slot) != (generation, tokens):
+                self._wanted[slot] = generation, tokens
+                self.call()
 
     def call(self) -> None:
         """Wake who waits in :meth:`await_call`."""
